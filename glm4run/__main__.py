@@ -1,0 +1,5 @@
+"""`python -m glm4run`."""
+
+from glm4run.cli import main
+
+main()

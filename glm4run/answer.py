@@ -1,0 +1,84 @@
+"""A whole answer: what a stream of steps adds up to, and its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from glm4run.chat_format import Message, ToolCall
+from glm4run.errors import GenerationError
+from glm4run.generate import LoadedModel, Timings
+from glm4run.sampling import SamplingParams
+
+
+@dataclass
+class Answer:
+    """One finished (or interrupted) answer."""
+
+    model: str
+    backend: str
+    load_s: float
+    prompt_tokens: int
+    text: str = ""
+    thought: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "interrupted"
+    stopped_by: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    timings: Timings = field(default_factory=Timings)
+    error: GenerationError | None = None
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def as_json(self) -> dict[str, Any]:
+        """The stable keys of `generate --json`."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "finish_reason": self.finish_reason,
+            "stopped_by": self.stopped_by,
+            "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls],
+            "timings": self.timings.as_json(self.load_s),
+            "model": self.model,
+            "backend": self.backend,
+            **({"thought": self.thought} if self.thought else {}),
+            **({"error": self.error.message} if self.error is not None else {}),
+        }
+
+
+def collect(
+    model: LoadedModel,
+    prompt: str | Sequence[Message] | Sequence[int],
+    params: SamplingParams,
+    *,
+    on_text: Callable[[str, str], None] | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> Answer:
+    """Runs a stream to its end. `on_text` gets (new text, new thought) as they come.
+
+    Ctrl-C ends it with `interrupted`, output that is not finite with `error`; what was generated until then is kept.
+    """
+    ids = model.encode_prompt(prompt)
+    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids))
+    steps = model.stream(prompt, params, timings=answer.timings, on_prefill=on_prefill)
+    try:
+        for step in steps:
+            answer.text += step.text
+            answer.thought += step.thought
+            if step.token_id is not None:
+                answer.token_ids.append(step.token_id)
+            if on_text is not None:
+                on_text(step.text, step.thought)
+            if step.finish_reason is not None:
+                answer.finish_reason, answer.stopped_by = step.finish_reason, step.stopped_by
+                answer.tool_calls = step.tool_calls
+    except KeyboardInterrupt:
+        answer.finish_reason = "interrupted"
+    except GenerationError as error:
+        answer.finish_reason, answer.error = "error", error
+    return answer

@@ -1,0 +1,84 @@
+"""Reads single tensors, or rows of them, into fresh memory.
+
+Plain reads instead of a memory map: what has been repacked and dropped is then gone from the process, so that
+loading never holds two copies of the model, and a file that is replaced meanwhile cannot crash the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from glm4run.checkpoint.layouts import Source, locate
+from glm4run.checkpoint.safetensors_index import as_error, read_index
+from glm4run.config import ModelConfig
+from glm4run.errors import CheckpointError
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class CheckpointReader:
+    """The tensors of one folder under their Hugging Face names, whatever the layout. A context manager.
+
+    `sources` maps every name that the model needs to its place; opening fails with all problems at once.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        sources, problems = locate(config, read_index(folder))
+        if problems:
+            raise as_error(folder, problems)
+        self.folder = folder
+        self.sources: Mapping[str, Source] = sources
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, as stored. Raises CheckpointError where the file ends early."""
+        return self.read_rows(name, 0, self.sources[name].shape[0])
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the tensor called `name`."""
+        source = self.sources[name]
+        entry = source.entry
+        shape = (last - first, *entry.shape[1:])
+        row_bytes = entry.nbytes // max(1, entry.shape[0])
+        out = torch.empty(shape, dtype=TORCH_DTYPES[entry.dtype])
+        if math.prod(shape) == 0:
+            return out
+        file = self._files.get(entry.file)
+        if file is None:
+            file = self._files[entry.file] = entry.file.open("rb", buffering=0)
+        file.seek(entry.offset + (source.first + first) * row_bytes)
+        view = memoryview(out.view(torch.uint8).reshape(-1).numpy().data)
+        while view:
+            count = file.readinto(view)  # type: ignore[attr-defined]  # a raw file; BinaryIO does not say so
+            if not count:
+                raise CheckpointError(f"{entry.file} ends inside {entry.name}", hint="download the file again")
+            view = view[count:]
+        return out

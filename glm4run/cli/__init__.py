@@ -1,0 +1,90 @@
+"""The commands, one file each: parse, one library call, render. And the one place where errors are printed.
+
+Generated text and JSON go to stdout, everything else to stderr. Starting without torch is part of the contract: the
+commands import what they run inside their functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from glm4run import __version__
+from glm4run.cli import chat, check, generate, info, quantize, tokenize
+from glm4run.cli.console import talk
+from glm4run.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Glm4RunError
+
+DEBUG_FLAG = "--debug"
+
+app = typer.Typer(
+    name="glm4run",
+    cls=TyperGroup,
+    help="Run the GLM-4-9B chat models on your own machine, quantized, in the terminal.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("quantize")(quantize.quantize)
+app.command("tokenize")(tokenize.tokenize)
+app.command("info")(info.info)
+app.command("models")(info.models)
+app.command("check")(check.check)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    debug: bool = typer.Option(False, DEBUG_FLAG, help="Show tracebacks of errors; may stand anywhere on the line."),
+) -> None:
+    """Options of every command. `--debug` is taken off the line before this runs; see `main`."""
+    if version:
+        sys.stdout.write(f"glm4run {__version__}\n")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: runs a command and exits with the contract's code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG_FLAG in given
+    sys.exit(_run([word for word in given if word != DEBUG_FLAG], debug=debug))
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
+    try:
+        result = app(args=arguments, prog_name="glm4run", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except Glm4RunError as error:
+        if debug:
+            raise
+        _print_error(error.message, error.hint)
+        return error.exit_code
+    except click.exceptions.UsageError as error:
+        command = error.ctx.command_path if error.ctx is not None else "glm4run"
+        _print_error(error.format_message(), f"`{command} --help` shows the options")
+        return EXIT_USAGE
+    except click.exceptions.ClickException as error:
+        _print_error(error.format_message(), None)
+        return EXIT_ERROR
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; nothing to say to it
+        return EXIT_ERROR
+    except Exception as error:
+        if debug:
+            raise
+        _print_error(f"{type(error).__name__}: {error}", "this is a defect of glm4run; run again with --debug")
+        return EXIT_ERROR
+
+
+def _print_error(message: str, hint: str | None) -> None:
+    talk(f"error: {message}", style="bold red", only="error:")
+    if hint:
+        talk(f"hint: {hint}", style="cyan", only="hint:")

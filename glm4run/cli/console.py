@@ -1,0 +1,103 @@
+"""stdout for text and JSON, stderr for everything that is said about them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from glm4run.errors import UsageError
+
+
+def stderr_console() -> Console:
+    """A console on stderr. Made anew each time: tests and redirections replace the stream."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def talk(message: str, *, style: str = "", only: str = "") -> None:
+    """One line to the user on stderr; `style` applies to the leading `only`, or to all of it."""
+    if style and only and message.startswith(only):
+        text = f"[{style}]{escape(only)}[/]{escape(message.removeprefix(only))}"
+    else:
+        text = f"[{style}]{escape(message)}[/]" if style else escape(message)
+    stderr_console().print(text)
+
+
+def note(message: str) -> None:
+    """Something worth knowing that needs no action."""
+    talk(message, style="dim")
+
+
+def write_json(data: Any) -> None:
+    """Machine-readable output: one JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def write_text(text: str) -> None:
+    """Generated text to stdout, at once. A terminal that cannot show a character gets a replacement, not a crash."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding or "ascii"
+        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def read_stdin() -> str:
+    """All of stdin as UTF-8. Raises UsageError where it is not."""
+    raw = sys.stdin.buffer.read()
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the input is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}",
+            hint="convert it, for example with `iconv -t utf-8`",
+        ) from error
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Any]:
+    """A bar with rate and time left, on a terminal only; gives the callback (bytes done, bytes in all)."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def token_progress(what: str) -> Iterator[Any]:
+    """A bar over the tokens of a long prompt, on a terminal only; gives the callback (tokens done, tokens in all)."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None, visible=False)
+
+        def update(done: int, total: int) -> None:
+            # A prompt of one chunk is over before a bar could be read.
+            progress.update(task, completed=done, total=total, visible=done < total)
+
+        yield update

@@ -1,0 +1,162 @@
+"""`glm4run generate`: one answer, or a batch of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glm4run.cli import options
+from glm4run.cli.console import note, read_stdin, stderr_console, token_progress, write_json, write_text
+from glm4run.errors import EXIT_INTERRUPTED, Glm4RunError, UsageError
+
+if TYPE_CHECKING:
+    from glm4run.answer import Answer
+    from glm4run.generate import LoadedModel
+    from glm4run.sampling import SamplingParams
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; `-` or a pipe reads it from stdin")] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="A folder or the name of a model")] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Ask as a chat user (default of chat models), or continue bare text"),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message (with chat)")] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    penalty: options.Penalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="JSON lines with `prompt` or `messages`, one request a line")
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Where answers of --input go; what is there is not done again")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text")] = False,
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = "auto",
+    ctx: options.Ctx = None,
+    threads: options.Threads = None,
+    rope_theta: options.RopeTheta = None,
+    yarn: options.Yarn = "auto",
+) -> int:
+    """Generate an answer to PROMPT, or answers to every line of a file."""
+    if (input_file is None) != (output_file is None):
+        raise UsageError("--input and --output go together", hint="glm4run generate --input FILE --output FILE")
+    if input_file is not None and prompt is not None:
+        raise UsageError("a PROMPT and --input were given", hint="use one of the two")
+    text = None if input_file is not None else _read_prompt(prompt)
+    _, loaded = options.load(
+        model,
+        device=device,
+        backend=backend,
+        dtype=dtype,
+        ctx=ctx,
+        threads=threads,
+        rope_theta=rope_theta,
+        yarn=yarn,
+        needs_chat=chat is True,
+    )
+    params = options.sampling_params(
+        loaded,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        penalty=penalty,
+        seed=seed,
+        stop=stop,
+    )
+    if input_file is not None and output_file is not None:
+        return _run_batch(loaded, params, input_file, output_file, chat=chat, system=system)
+    assert text is not None
+    return _run_one(loaded, params, _as_prompt(loaded, text, chat=chat, system=system), as_json=as_json)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError("no PROMPT", hint='glm4run generate "Why is the sky blue?", or pipe it into stdin')
+    text = read_stdin() if prompt in (None, "-") else prompt
+    assert text is not None
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def _as_prompt(loaded: LoadedModel, text: str, *, chat: bool | None, system: str | None) -> Any:
+    """Messages for a chat, prefixed text for a base model, bare ids with --raw."""
+    from glm4run.chat_format import Message
+
+    if chat is False:
+        if system is not None:
+            raise UsageError("--system needs a chat", hint="leave out --raw")
+        note("raw: no chat format and no [gMASK]<sop> prefix")
+        return loaded.tokenizer.encode(text)
+    if chat is None and loaded.dialect is None:
+        if system is not None:
+            raise UsageError(f"--system needs a chat model, and {loaded.name} has no chat format")
+        note("no chat template: continuing the text behind the [gMASK]<sop> prefix")
+        return text
+    return [*([] if system is None else [Message("system", system)]), Message("user", text)]
+
+
+def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_json: bool) -> int:
+    from glm4run.answer import collect
+
+    def show(text: str, thought: str) -> None:
+        if thought:
+            stderr_console().print(thought, end="", style="dim", markup=False)
+        if text:
+            write_text(text)
+
+    with token_progress("reading the prompt") as on_prefill:
+        answer = collect(loaded, prompt, params, on_text=None if as_json else show, on_prefill=on_prefill)
+    if as_json:
+        write_json(answer.as_json())
+    else:
+        write_text("\n")
+        _say_how_it_ended(answer)
+    if answer.error is not None:
+        raise Glm4RunError(answer.error.message, hint=answer.error.hint, exit_code=answer.error.exit_code)
+    return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
+
+
+def _say_how_it_ended(answer: Answer) -> None:
+    timings = answer.timings.as_json(0.0)
+    stopped = "" if answer.stopped_by is None else f" at {answer.stopped_by!r}"
+    note(
+        f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s, "
+        f"ended by {answer.finish_reason}{stopped}"
+    )
+
+
+def _run_batch(
+    loaded: LoadedModel, params: SamplingParams, source: Path, target: Path, *, chat: bool | None, system: str | None
+) -> int:
+    from glm4run.batch import read_requests, run_batch
+
+    requests = read_requests(source)
+    done = 0
+    for done, total, answer in run_batch(
+        loaded,
+        requests,
+        params,
+        target,
+        as_prompt=lambda text: _as_prompt(loaded, text, chat=chat, system=system),
+    ):
+        note(f"{done}/{total}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}")
+        if answer.finish_reason == "interrupted":
+            note(f"interrupted: run the same command again to go on after {done - 1} answers")
+            return EXIT_INTERRUPTED
+    note(f"{len(requests)} answers are in {target}")
+    return 0

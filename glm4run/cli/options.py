@@ -1,0 +1,147 @@
+"""Options that several commands share, spelled once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glm4run.cards import load_cards
+from glm4run.cli.console import byte_progress, note, talk
+from glm4run.config import read_config
+from glm4run.dialects import Dialect
+from glm4run.errors import CheckpointError, UsageError
+from glm4run.memory import GIB, parse_size
+from glm4run.model_folders import FoundModel, chat_dialect, find_model
+
+if TYPE_CHECKING:
+    from glm4run.generate import LoadedModel
+    from glm4run.sampling import SamplingParams
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Backend = Annotated[str, typer.Option(help="Kernels of packed linears: auto, torch or reference")]
+Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 or fp32")]
+Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
+RopeTheta = Annotated[float | None, typer.Option(help="Override the RoPE base of the config")]
+Yarn = Annotated[str, typer.Option(help="YaRN for the 0414 series beyond 32k: auto, on or off")]
+MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens; default: when the context is full")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: what the model asks for")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability")]
+TopK = Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps all")]
+MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this likely relative to the likeliest")]
+Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages tokens seen before")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
+
+
+def parse_context(text: str | None) -> int | None:
+    """`--ctx` as tokens."""
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise UsageError(f"--ctx {text!r} is not a size", hint="a number of tokens: 8192, 8k or 128k") from None
+
+
+def load(
+    model: str | None,
+    *,
+    device: str,
+    backend: str,
+    dtype: str,
+    ctx: str | None,
+    threads: int | None,
+    rope_theta: float | None,
+    yarn: str,
+    needs_chat: bool = False,
+) -> tuple[FoundModel, LoadedModel]:
+    """Finds and loads the model, and says on stderr what was taken.
+
+    With `needs_chat` a model that cannot hold a conversation is refused before anything is loaded.
+    """
+    context_len = parse_context(ctx)
+    found = find_model(model)
+    if needs_chat:
+        require_chat(found)
+    if found.why:
+        note(f"model: {found.name} ({found.why}; {found.folder})")
+    import torch
+
+    from glm4run import load_model
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with byte_progress(f"loading {found.name}") as progress:
+        loaded = load_model(
+            found.folder,
+            device=device,
+            backend=backend,
+            dtype=dtype,
+            context_len=context_len,
+            rope_theta=rope_theta,
+            yarn=yarn,
+            progress=progress,
+        )
+    _announce(found, loaded)
+    return found, loaded
+
+
+def require_chat(found: FoundModel) -> Dialect:
+    """The chat dialect of a model folder. Raises CheckpointError for a base model, naming the chat variants."""
+    dialect, _ = chat_dialect(found.folder, read_config(found.folder))
+    if dialect is None:
+        chats = ", ".join(card.name for card in load_cards().values() if not card.is_base)
+        raise CheckpointError(
+            f"{found.name} has no chat template: a base model continues text and cannot hold a conversation",
+            hint=f"use a chat variant ({chats}); `chat --force` chats all the same, `generate` continues text",
+        )
+    return dialect
+
+
+def _announce(found: FoundModel, loaded: LoadedModel) -> None:
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    weights = next(term.bytes for term in loaded.plan.terms if term.name == "weights")
+    note(
+        f"{found.name}: {weights / GIB:.2f} GiB of weights, backend {loaded.backend} ({loaded.backend_reason}), "
+        f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
+    )
+    for notice in loaded.notices:
+        talk(f"notice: {notice}", style="yellow", only="notice:")
+    if found.is_demo:
+        count = loaded.config.num_parameters / 1e6
+        talk(
+            f"This is the embedded demo model ({count:.1f} million parameters), not GLM-4-9B: it knows glm4run and "
+            "little else.",
+            style="yellow",
+        )
+
+
+def sampling_params(
+    loaded: LoadedModel,
+    *,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> SamplingParams:
+    """The model's own defaults with what the user set."""
+    from dataclasses import replace
+
+    given = {
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": penalty,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return replace(loaded.default_params(), **chosen)  # type: ignore[arg-type]  # the fields' own types, by name

@@ -1,0 +1,386 @@
+"""Generation: a loaded model, prefill in chunks, decode, stop rules, one `GenerationStep` after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from glm4run.cards import FAMILY_STOP_TOKENS, Card
+from glm4run.chat_format import AnswerCleaner, Message, encode_chat
+from glm4run.config import ModelConfig
+from glm4run.dialects import Dialect
+from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
+from glm4run.kv_cache import KVCache
+from glm4run.loading import LoadedWeights, Progress, load_weights
+from glm4run.model_folders import chat_dialect, read_generation_config
+from glm4run.memory import PREFILL_CHUNK, MemoryPlan
+from glm4run.model import Glm4Model
+from glm4run.sampling import Sampler, SamplingParams
+from glm4run.stopping import StopStrings, is_looping
+from glm4run.tokenizer import Tokenizer, load_tokenizer
+from glm4run.tool_calls import ToolCall, parse_tool_calls, tool_names
+
+FinishReason = Literal["stop", "max_tokens", "context_full", "repetition", "tool_calls", "interrupted", "error"]
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """What one token added. The last step of a stream has a `finish_reason` and may have text that was held back."""
+
+    text: str  # new text of the answer, whole characters only
+    thought: str = ""  # new text of the thought (reasoning models)
+    token_id: int | None = None  # None in the last step
+    finish_reason: FinishReason | None = None
+    stopped_by: str | None = None  # the stop token or stop string
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass
+class Timings:
+    """Seconds and tokens of one generation."""
+
+    prefill_s: float = 0.0
+    prefill_tokens: int = 0
+    decode_s: float = 0.0
+    decode_tokens: int = 0
+
+    def as_json(self, load_s: float) -> dict[str, float]:
+        """The keys of the contract."""
+        return {
+            "load_s": round(load_s, 3),
+            "prefill_s": round(self.prefill_s, 3),
+            "prefill_tok_per_s": round(self.prefill_tokens / self.prefill_s, 2) if self.prefill_s else 0.0,
+            "decode_s": round(self.decode_s, 3),
+            "decode_tok_per_s": round(self.decode_tokens / self.decode_s, 2) if self.decode_s else 0.0,
+        }
+
+
+@dataclass
+class Context:
+    """The tokens that a cache holds, so that a later prompt prefills only what is new."""
+
+    cache: KVCache
+    ids: list[int] = field(default_factory=list)
+
+    def reuse(self, prompt: Sequence[int]) -> list[int]:
+        """Keeps the longest common prefix and returns what must still be prefilled; at least the last token."""
+        common = 0
+        for ours, theirs in zip(self.ids[: self.cache.position], prompt, strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        common = min(common, len(prompt) - 1)
+        self.cache.truncate(common)
+        self.ids = list(prompt[:common])
+        return list(prompt[common:])
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer, ready to be asked. Made by `load_model`."""
+
+    name: str
+    model: Glm4Model
+    tokenizer: Tokenizer
+    config: ModelConfig
+    plan: MemoryPlan
+    dialect: Dialect | None  # None: a base model, or one without a known chat template
+    card: Card | None
+    stop_ids: frozenset[int]
+    generation_defaults: Mapping[str, Any]
+    backend: str
+    backend_reason: str
+    notices: tuple[str, ...]
+    load_s: float
+    device: torch.device
+
+    def new_context(self) -> Context:
+        """An empty conversation of the planned length."""
+        dtype = self.model.dtype
+        return Context(KVCache(self.config, self.plan.context_len, dtype=dtype, device=self.device))
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits float32 [T, V] of every position of `ids`, taken as they are (no prefix is added).
+
+        Raises:
+            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds.
+        """
+        self._check_prompt(ids)
+        context = self.new_context()
+        parts = [
+            self.model(self._tensor(ids[i : i + PREFILL_CHUNK]), context.cache, logits="all")
+            for i in range(0, len(ids), PREFILL_CHUNK)
+        ]
+        return torch.cat(parts)
+
+    def default_params(self) -> SamplingParams:
+        """The sampling that the model's own files ask for, else its card's, else greedy."""
+        return SamplingParams().with_defaults(self.generation_defaults)
+
+    def require_dialect(self) -> Dialect:
+        """The chat dialect. Raises CheckpointError for a model that has none."""
+        if self.dialect is None:
+            raise CheckpointError(
+                f"{self.name} has no chat template: a base model continues text and cannot hold a conversation",
+                hint="use a chat variant such as glm-4-9b-chat or GLM-4-9B-0414, or give text to continue",
+            )
+        return self.dialect
+
+    def encode_prompt(
+        self, prompt: str | Sequence[Message] | Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a prompt: text behind the `[gMASK]<sop>` prefix, messages in the model's dialect, ids as given."""
+        if isinstance(prompt, str):
+            return [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
+        messages = [item for item in prompt if isinstance(item, Message)]
+        if messages:
+            return encode_chat(self.tokenizer, self.require_dialect(), messages, tools)
+        return [item for item in prompt if isinstance(item, int)]
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat: bool | None = None,
+        context: Context | None = None,
+        timings: Timings | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[GenerationStep]:
+        """Generates an answer, a step per token; the last step carries the finish reason.
+
+        A `str` is continued behind the family's prefix, messages are answered in the model's chat dialect, ids are
+        taken as they are. `chat` says whether ids end where an assistant's answer begins, so that the answer's framing
+        (its first newline, a thought) is taken off; messages always do. `context` keeps the cache between calls: only what is new is prefilled. Closing the
+        iterator, or an exception inside it (Ctrl-C), leaves `context` whole.
+
+        Raises:
+            DoesNotFitError: the prompt leaves no room in the context. Before any computation.
+        """
+        ids = self.encode_prompt(prompt, tools)
+        self._check_prompt(ids)
+        if chat is None:
+            chat = not isinstance(prompt, str) and any(isinstance(item, Message) for item in prompt)
+        run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
+        return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill)
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise UsageError("the prompt is empty", hint="give at least one token")
+        wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+        if wrong is not None:
+            raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
+        if len(ids) > self.plan.context_len:
+            raise DoesNotFitError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.plan.context_len}",
+                hint=f"shorten it, or use --ctx {len(ids) + 256} if the model and the memory allow",
+            )
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(list(ids), dtype=torch.long, device=self.device)
+
+
+class _Generation:
+    """One answer being generated."""
+
+    def __init__(self, owner: LoadedModel, params: SamplingParams, context: Context, timings: Timings) -> None:
+        self.owner, self.params, self.context, self.timings = owner, params, context, timings
+
+    def steps(
+        self,
+        prompt: list[int],
+        *,
+        chat: bool,
+        declared: frozenset[str],
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> Iterator[GenerationStep]:
+        owner = self.owner
+        thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
+        text = _TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
+        sampler = Sampler(self.params, self._allowed(calls=bool(declared)))
+        logits = self._prefill(prompt, on_prefill)
+        generated: list[int] = []
+        while True:
+            token = sampler.sample(logits, self.context.ids)
+            if token in owner.stop_ids:
+                yield text.finish("stop", declared, stopped_by=owner.tokenizer.special_name(token) or str(token))
+                return
+            generated.append(token)
+            step = text.push(token)
+            yield step
+            if step.stopped_by is not None:
+                yield GenerationStep("", finish_reason="stop", stopped_by=step.stopped_by)
+                return
+            reason = self._limit(generated)
+            if reason is not None:
+                yield text.finish(reason, declared)
+                return
+            logits = self._decode(token)
+
+    def _allowed(self, *, calls: bool) -> Tensor:
+        """The ids that may come: every real token; of the control tokens only the stops, and between calls the role."""
+        owner = self.owner
+        allowed = torch.zeros(owner.config.vocab_size, dtype=torch.bool)
+        usable = [i for i in owner.tokenizer.usable_ids() if i < owner.config.vocab_size]
+        allowed[usable] = True
+        kept = set(owner.stop_ids)
+        role = owner.tokenizer.special_id("<|assistant|>")
+        if calls and role is not None:
+            kept.add(role)
+        forbidden = [i for i in owner.tokenizer.special_ids if i not in kept and i < owner.config.vocab_size]
+        allowed[forbidden] = False
+        return allowed
+
+    def _limit(self, generated: list[int]) -> FinishReason | None:
+        if self.params.max_new_tokens is not None and len(generated) >= self.params.max_new_tokens:
+            return "max_tokens"
+        if self.context.cache.position >= self.context.cache.capacity:
+            return "context_full"
+        if self.params.stop_on_repetition and is_looping(generated):
+            return "repetition"
+        return None
+
+    @torch.inference_mode()
+    def _prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
+        """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V]."""
+        new = self.context.reuse(prompt)
+        started = time.perf_counter()
+        logits: Tensor | None = None
+        for first in range(0, len(new), PREFILL_CHUNK):
+            chunk = new[first : first + PREFILL_CHUNK]
+            if first + len(chunk) < len(new):
+                self.owner.model.hidden_states(self.owner._tensor(chunk), self.context.cache)
+            else:
+                logits = self.owner.model(self.owner._tensor(chunk), self.context.cache)[-1]
+            self.context.ids += chunk  # only after the cache holds them: an interrupt must not tear the two apart
+            if on_prefill is not None:
+                on_prefill(first + len(chunk), len(new))
+        self.timings.prefill_s += time.perf_counter() - started
+        self.timings.prefill_tokens += len(new)
+        assert logits is not None  # a prompt is never empty
+        return logits
+
+    @torch.inference_mode()
+    def _decode(self, token: int) -> Tensor:
+        started = time.perf_counter()
+        logits: Tensor = self.owner.model(self.owner._tensor([token]), self.context.cache)[-1]
+        self.context.ids.append(token)
+        self.timings.decode_s += time.perf_counter() - started
+        self.timings.decode_tokens += 1
+        return logits
+
+
+class _TextStream:
+    """Tokens to text that may be shown: whole characters, no framing, stop strings held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], cleaner: AnswerCleaner | None) -> None:
+        self.decoder = tokenizer.stream_decoder()
+        self.stops = StopStrings(stop)
+        self.cleaner = cleaner
+        self.whole: list[str] = []
+
+    def push(self, token: int) -> GenerationStep:
+        return self._step(self.decoder.push(token), token)
+
+    def finish(self, reason: FinishReason, declared: frozenset[str], stopped_by: str | None = None) -> GenerationStep:
+        step = self._step(self.decoder.flush(), None)
+        rest = self.cleaner.flush() if self.cleaner is not None else None
+        answer = step.text + (self.stops.push(rest.answer)[0] if rest else "") + self.stops.flush()
+        self.whole.append(answer[len(step.text) :])
+        calls = tuple(parse_tool_calls("".join(self.whole), declared)) if declared else ()
+        return GenerationStep(
+            answer,
+            step.thought + (rest.thought if rest else ""),
+            finish_reason="tool_calls" if calls else reason,
+            stopped_by=stopped_by,
+            tool_calls=calls,
+        )
+
+    def _step(self, text: str, token: int | None) -> GenerationStep:
+        thought = ""
+        if self.cleaner is not None:
+            part = self.cleaner.push(text)
+            text, thought = part.answer, part.thought
+        shown, stopped_by = self.stops.push(text)
+        self.whole.append(shown)
+        return GenerationStep(shown, thought, token_id=token, stopped_by=stopped_by)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    kv_bits: int = 16,
+    context_len: int | None = None,
+    rope_theta: float | None = None,
+    yarn: str = "auto",
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Loads a model folder, dense or packed.
+
+    Args:
+        path: the folder. device: auto, cpu, cuda, cuda:N. dtype: auto, bf16, fp16, fp32.
+        backend: auto, or the name of one, which then never falls back. kv_bits: 16 is what this version has.
+        context_len: tokens; None takes the largest that fits the memory, up to the model's own.
+        rope_theta: overrides the config's base. yarn: auto (when the context asks for it), on, off.
+
+    Raises:
+        Glm4RunError: with what to do. See `loading.load_weights`.
+    """
+    if kv_bits != 16:
+        raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
+    folder = Path(path)
+    started = time.perf_counter()
+    weights = load_weights(
+        folder,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        context_len=context_len,
+        rope_theta=rope_theta,
+        yarn=yarn,
+        progress=progress,
+    )
+    return _assemble(folder, weights, started)
+
+
+def _assemble(folder: Path, weights: LoadedWeights, started: float) -> LoadedModel:
+    config = weights.model.config
+    tokenizer = load_tokenizer(folder)
+    dialect, card = chat_dialect(folder, config)
+    generation = read_generation_config(folder)
+    first = next(weights.model.parameters())
+    return LoadedModel(
+        name=folder.resolve().name,
+        model=weights.model,
+        tokenizer=tokenizer,
+        config=config,
+        plan=weights.plan,
+        dialect=dialect,
+        card=card,
+        stop_ids=stop_ids(config, generation, tokenizer),
+        generation_defaults={**(card.generation if card is not None else {}), **generation},
+        backend=weights.backend,
+        backend_reason=weights.backend_reason,
+        notices=weights.notices,
+        load_s=time.perf_counter() - started,
+        device=first.device,
+    )
+
+
+def stop_ids(config: ModelConfig, generation: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """The union of what the config, the generation config and the family say."""
+    listed = generation.get("eos_token_id")
+    more = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    family = (tokenizer.special_id(name) for name in FAMILY_STOP_TOKENS)
+    return frozenset(i for i in (*config.eos_token_id, *more, *family) if isinstance(i, int) and i >= 0)

@@ -1,0 +1,104 @@
+"""The backends that multiply by a packed weight, behind one protocol, and the choice between them.
+
+A backend arranges a `PackedWeight` once (`prepack`) and multiplies by it many times (`linear`). The choice is made
+once, at load. A backend that the user named never falls back; `auto` says what it took and why.
+To add one: a module with a class that has these members, and a line in `_BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from glm4run.config import QuantScheme
+from glm4run.errors import BackendError, UsageError
+from glm4run.qformat import PackedWeight
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a backend is asked to run: weight [N, K], its scheme, and the device and dtype of the activations."""
+
+    out_features: int
+    in_features: int
+    scheme: QuantScheme
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Prepacked(Protocol):
+    """A weight in a backend's own arrangement."""
+
+    @property
+    def spec(self) -> LinearSpec: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Backend(Protocol):
+    """One way of computing x W^T from packed weights."""
+
+    @property
+    def name(self) -> str: ...
+
+    def why_unavailable(self, spec: LinearSpec) -> str | None:
+        """None if this backend can run `spec` on this machine, else the reason in one clause."""
+        ...
+
+    def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Prepacked:
+        """Arranges a weight for `linear`. May keep the tensors of `weight`, or drop them."""
+        ...
+
+    def linear(self, x: Tensor, weight: Prepacked) -> Tensor:
+        """x [M, K] times the weight's transpose: [M, N] in the dtype of x."""
+        ...
+
+
+# Name to where it lives, best first: `auto` takes the first that can run every linear of a model.
+_BACKENDS = {
+    "torch": ("glm4run.kernels.torch_ops", "TorchBackend"),
+    "reference": ("glm4run.kernels.reference", "ReferenceBackend"),
+}
+BACKEND_NAMES = tuple(_BACKENDS)
+
+
+def load_backend(name: str) -> Backend:
+    """The backend called `name`. Raises UsageError for an unknown name."""
+    if name not in _BACKENDS:
+        raise UsageError(f"no backend {name!r}", hint=f"one of: auto, {', '.join(BACKEND_NAMES)}")
+    module, attribute = _BACKENDS[name]
+    backend: Backend = getattr(import_module(module), attribute)()
+    return backend
+
+
+def select_backend(name: str, specs: Iterable[LinearSpec]) -> tuple[Backend, str]:
+    """The backend for a model's linears and, in one clause, why it was taken.
+
+    Raises:
+        BackendError: the named backend cannot run one of the linears.
+    """
+    wanted = list(dict.fromkeys(specs))
+    if name != "auto":
+        backend = load_backend(name)
+        reason = _first_reason(backend, wanted)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} cannot run this model: {reason}", hint="use --backend auto")
+        return backend, "asked for"
+    refused: list[str] = []
+    for candidate in BACKEND_NAMES:
+        backend = load_backend(candidate)
+        reason = _first_reason(backend, wanted)
+        if reason is None:
+            return backend, "; ".join(refused) or "the fastest that is built in"
+        refused.append(f"{candidate} cannot: {reason}")
+    raise BackendError(f"no backend can run this model: {'; '.join(refused)}")
+
+
+def _first_reason(backend: Backend, specs: list[LinearSpec]) -> str | None:
+    reasons = (backend.why_unavailable(spec) for spec in specs)
+    return next((reason for reason in reasons if reason is not None), None)

@@ -1,0 +1,52 @@
+"""Keys and values of the tokens seen so far, in memory that is allocated once.
+
+Knows shapes and positions; must not know the model. A layer appends and gets back views over everything up to the
+new tokens, so nothing is copied or concatenated as the conversation grows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm4run.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values [layers][KVH, capacity, D] of one sequence.
+
+    `position` is the number of tokens held. `append` writes a layer's part of the next tokens without moving
+    `position`; `advance` moves it once all layers have written.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self.position = 0
+        shape = (config.num_key_value_heads, capacity, config.head_dim)
+        # `empty`: a page costs memory only once a token has been written to it.
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes key and value [KVH, T, D] behind `position`; returns views [KVH, position + T, D] of all so far."""
+        end = self.position + key.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were asked for")
+        self.keys[layer][:, self.position : end] = key
+        self.values[layer][:, self.position : end] = value
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+    def advance(self, count: int) -> None:
+        """Makes the `count` tokens that every layer has appended part of the past."""
+        self.position += count
+
+    def truncate(self, position: int) -> None:
+        """Forgets every token from `position` on; costs nothing."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"cannot truncate a cache of {self.position} tokens to {position}")
+        self.position = position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))

@@ -1,0 +1,115 @@
+"""From logits to a token: the parameters a user sets, and the sampler.
+
+Order of the steps as in Hugging Face: repetition penalty, temperature, top-k, top-p, min-p. Draws come from one CPU
+generator, so that a seed gives the same text on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm4run.errors import GenerationError, UsageError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_new_tokens: int | None = None  # None: until the context is full
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_on_repetition: bool = True  # end with `repetition` when the tail is one n-gram over and over
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": self.max_new_tokens is None or self.max_new_tokens > 0,
+            "temperature": self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p < 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "stop": all(self.stop),
+        }
+        ranges = {
+            "max_new_tokens": "a positive number",
+            "temperature": "0 (greedy) or more",
+            "top_p": "above 0, at most 1",
+            "top_k": "0 (off) or more",
+            "min_p": "0 (off) or more, below 1",
+            "repetition_penalty": "above 0 (1 is off)",
+            "stop": "texts that are not empty",
+        }
+        for name, good in checks.items():
+            if not good:
+                raise UsageError(f"{name} is {getattr(self, name)!r}, expected {ranges[name]}")
+
+    def with_defaults(self, generation: Mapping[str, Any]) -> SamplingParams:
+        """These parameters with the keys of a `generation_config` (or a card) that this class knows."""
+        if generation.get("do_sample") is False:
+            return replace(self, temperature=0.0)
+        known = {field.name for field in fields(self)} & {
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+        }
+        return replace(self, **{key: generation[key] for key in known if isinstance(generation.get(key), int | float)})
+
+
+class Sampler:
+    """Draws one token after the other. `allowed` is a bool [V]: False rows (padding, control tokens) never come."""
+
+    def __init__(self, params: SamplingParams, allowed: Tensor) -> None:
+        self.params = params
+        self.forbidden = ~allowed
+        self.generator = torch.Generator(device="cpu")
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+
+    def sample(self, logits: Tensor, context: list[int]) -> int:
+        """One token from logits float32 [V]; `context` is every id so far, for the repetition penalty.
+
+        Raises:
+            GenerationError: a logit is NaN or infinite. A token chosen from such logits would be meaningless.
+        """
+        logits = logits.masked_fill(self.forbidden.to(logits.device), float("-inf"))
+        if not bool(torch.isfinite(logits.amax())) or bool(torch.isnan(logits).any()):
+            raise GenerationError(
+                "the model's output is not finite (NaN or infinity), so no token can be chosen",
+                hint="use --dtype bf16 or fp32; if it stays, check the files with `glm4run check`",
+            )
+        params = self.params
+        if params.repetition_penalty != 1.0 and context:
+            seen = torch.tensor(sorted(set(context)), device=logits.device)
+            values = logits[seen]
+            penalty = params.repetition_penalty
+            logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        if params.temperature == 0:
+            return int(logits.argmax())
+        return self._draw(logits.cpu() / params.temperature)
+
+    def _draw(self, logits: Tensor) -> int:
+        params = self.params
+        count = min(params.top_k or logits.numel(), logits.numel())
+        values, ids = torch.topk(logits, count) if params.top_k else logits.sort(descending=True)
+        probabilities = values.softmax(dim=-1)  # descending
+        if params.top_p < 1:
+            before = probabilities.cumsum(dim=-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
+        if params.min_p > 0:
+            probabilities = probabilities.masked_fill(probabilities < params.min_p * probabilities[0], 0.0)
+        choice = torch.multinomial(probabilities, 1, generator=self.generator)
+        return int(ids[choice])

@@ -1,0 +1,147 @@
+"""Which linear gets which scheme. A recipe is data: ordered rules of module-name patterns, first match wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from glm4run.checkpoint.layouts import linear_shapes
+from glm4run.config import ModelConfig, QuantScheme
+from glm4run.errors import UsageError
+from glm4run.qformat import GROUP_SIZES
+
+HEAD = "lm_head"
+DEFAULT_GROUP_SIZE = 128
+# 13696 / 2 is no multiple of 128: at g32 vLLM can split down_proj over up to 4 devices, for 105 MB more.
+INT4_DOWN_PROJ_GROUP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Linears whose name matches `pattern` (a regular expression on the whole name; "Linear" is all) get `scheme`."""
+
+    pattern: str
+    scheme: QuantScheme
+
+    def matches(self, module: str) -> bool:
+        return self.pattern == "Linear" or re.fullmatch(self.pattern, module) is not None
+
+    @property
+    def target(self) -> str:
+        """The pattern as compressed-tensors spells it."""
+        return self.pattern if self.pattern in ("Linear", HEAD) else f"re:{self.pattern}$"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The rules, and what stays dense."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...]
+
+    def schemes(self, config: ModelConfig) -> dict[str, QuantScheme]:
+        """Module name to scheme of every linear that is packed."""
+        schemes = {}
+        for module in linear_shapes(config):
+            if module in self.ignore:
+                continue
+            rule = next((rule for rule in self.rules if rule.matches(module)), None)
+            if rule is not None:
+                schemes[module] = rule.scheme
+        return schemes
+
+    def config_groups(self) -> dict[str, object]:
+        """The `config_groups` of quantization_config, in the order in which they must be tried."""
+        return {
+            f"group_{i}": {
+                "targets": [rule.target],
+                "weights": {
+                    "num_bits": rule.scheme.bits,
+                    "type": "int",
+                    "symmetric": rule.scheme.symmetric,
+                    "strategy": "group",
+                    "group_size": rule.scheme.group_size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for i, rule in enumerate(self.rules)
+        }
+
+
+def choose_recipe(
+    config: ModelConfig, bits: int, *, group_size: int | None = None, head_bits: int = 8
+) -> tuple[Recipe, list[str]]:
+    """The default recipe of `bits`, or every linear at `group_size`; and notices about what was adapted.
+
+    Raises:
+        UsageError: bits or group size are not of the format, or an asked group size does not divide K somewhere.
+    """
+    if bits not in (4, 8):
+        raise UsageError(f"{bits} bits were asked for", hint="4 or 8")
+    if head_bits not in (8, 16):
+        raise UsageError(f"{head_bits} bits were asked for lm_head", hint="8 or 16 (dense)")
+    widths = {module: in_features for module, (_, in_features) in linear_shapes(config).items()}
+    if head_bits == 16:
+        del widths[HEAD]
+    if group_size is not None:
+        _require_divides(group_size, widths)
+    kinds = _kinds(widths)
+    wanted = {kind: group_size or DEFAULT_GROUP_SIZE for kind in kinds}
+    if group_size is None and bits == 4:
+        wanted["down_proj"] = INT4_DOWN_PROJ_GROUP_SIZE
+    notices = []
+    chosen: dict[str, int] = {}
+    for kind, in_features in kinds.items():
+        chosen[kind] = _largest_dividing(in_features, wanted[kind], kind)
+        if chosen[kind] != wanted[kind]:
+            notices.append(f"{kind}: group size {chosen[kind]}, as {wanted[kind]} does not divide {in_features}")
+    return _as_recipe(bits, group_size, head_bits, chosen), notices
+
+
+def _as_recipe(bits: int, group_size: int | None, head_bits: int, chosen: Mapping[str, int]) -> Recipe:
+    common = chosen["o_proj"]
+    rules = []
+    if head_bits == 8:
+        rules.append(Rule(HEAD, QuantScheme(8, chosen[HEAD])))
+    for kind in ("qkv", "gate_up_proj", "down_proj"):
+        if chosen[kind] != common:
+            # q, k and v share one scheme: engines that fuse them require it.
+            pattern = r".*self_attn\.[qkv]_proj" if kind == "qkv" else rf".*mlp\.{kind}"
+            rules.append(Rule(pattern, QuantScheme(bits, chosen[kind])))
+    rules.append(Rule("Linear", QuantScheme(bits, common)))
+    name = f"int{bits}" if group_size is None else f"int{bits}-g{group_size}"
+    return Recipe(name if head_bits == 8 else f"{name}-head16", tuple(rules), () if head_bits == 8 else (HEAD,))
+
+
+def _kinds(widths: Mapping[str, int]) -> dict[str, int]:
+    """K of each kind of linear."""
+    kinds = {}
+    for module, in_features in widths.items():
+        kind = module.rpartition(".")[2]
+        kinds["qkv" if kind in ("q_proj", "k_proj", "v_proj") else kind] = in_features
+    return kinds
+
+
+def _require_divides(group_size: int, widths: Mapping[str, int]) -> None:
+    fitting = [g for g in GROUP_SIZES if all(width % g == 0 for width in widths.values())]
+    hint = f"these fit every linear of this model: {', '.join(map(str, fitting)) or 'none'}"
+    if group_size not in GROUP_SIZES:
+        raise UsageError(f"group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}", hint=hint)
+    for module, width in widths.items():
+        if width % group_size:
+            raise UsageError(
+                f"group size {group_size} does not divide the {width} input features of {module}", hint=hint
+            )
+
+
+def _largest_dividing(in_features: int, wanted: int, kind: str) -> int:
+    fitting = [g for g in GROUP_SIZES if g <= wanted and in_features % g == 0]
+    if not fitting:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise UsageError(f"{kind} has {in_features} input features, which none of {sizes} divides")
+    return max(fitting)

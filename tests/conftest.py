@@ -1,0 +1,44 @@
+"""What all tests share: where the test material lies, which packages must be there, how many threads they take."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = REPO.parent / "shared"  # published configs, layouts and fixtures; not part of the project
+
+# A first call can load a native library; a deadline would make that a failure of the property.
+settings.register_profile("glm4run", deadline=None, max_examples=50)
+settings.load_profile("glm4run")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; two pools of threads would fight. The variable is for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared test material; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared test material is not at {SHARED}")
+    return SHARED
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `transformers` skip without it, except in CI: there it must be installed."""
+    if item.get_closest_marker("transformers") is None:
+        return
+    missing = [name for name in ("transformers", "compressed_tensors") if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    reason = f"{' and '.join(missing)} not installed; `pip install -e .[dev]`"
+    if os.environ.get("CI"):
+        pytest.fail(f"in CI these tests may not be skipped: {reason}", pytrace=False)
+    pytest.skip(reason)

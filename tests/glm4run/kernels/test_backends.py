@@ -1,0 +1,326 @@
+"""Every backend multiplies by the weight that the file stands for, and the choice of one never surprises."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm4run import kernels
+from glm4run.config import QuantScheme
+from glm4run.errors import BackendError, UsageError
+from glm4run.kernels import BACKEND_NAMES, Backend, LinearSpec, Prepacked, load_backend, select_backend
+from glm4run.kernels.reference import ReferenceBackend, ReferenceWeight
+from glm4run.kernels.torch_ops import Int4PackedWeight, TiledWeight, TorchBackend
+from glm4run.layers import QuantizedLinear
+from glm4run.qformat import PackedWeight, num_groups, pack, pack_zero_points
+
+CPU = torch.device("cpu")
+BATCHES = (1, 2, 7, 16, 33)
+# N, K. 13696 = 107 x 128 is the family's odd one; N odd, N one tile of torch's int4 kernel, N many tiles.
+SHAPES = ((16, 128), (33, 256), (48, 13696), (5, 13696), (600, 384))
+
+# Relative Frobenius error, and max-abs error relative to the largest output. fp32: 13696 products summed in some order.
+# bf16: rounding the output costs 2^-9 at most; bf16 weights (the reference) or bf16 zeros (torch's int4) as much again.
+TOLERANCE = {torch.float32: (4e-6, 4e-6), torch.bfloat16: (7e-3, 8e-3)}
+
+each_backend = pytest.mark.parametrize("name", BACKEND_NAMES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A packed weight, and in float64 what it stands for, computed from its parts without `qformat`."""
+
+    weight: PackedWeight
+    dense: Tensor
+
+
+def make_case(N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    half, G = 1 << (scheme.bits - 1), num_groups(K, scheme)
+    q = torch.randint(-half, half, (N, K), generator=generator, dtype=torch.int8)
+    # Scales over three orders of magnitude: a scale that goes to the wrong group must show.
+    scale = (10 ** (torch.rand(N, G, generator=generator) * 3 - 3)).to(scale_dtype)
+    centred, zero_point = q.double().reshape(N, G, K // G), None
+    if not scheme.symmetric:
+        signed = torch.randint(-half, half, (N, G), generator=generator, dtype=torch.int8)
+        centred = centred - signed.double()[..., None]
+        zero_point = pack_zero_points(signed, scheme.bits)
+    dense = (centred * scale.double()[..., None]).reshape(N, K)
+    return Case(PackedWeight(pack(q, scheme.bits), scale, zero_point, N, K, scheme), dense)
+
+
+def inputs_with_outliers(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    """Signed, with a few channels a hundred times as large as the rest, as language models have them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(M, K, generator=generator)
+    x[:, torch.randperm(K, generator=generator)[: max(1, K // 100)]] *= 100
+    return x.to(dtype)
+
+
+def assert_close(got: Tensor, x: Tensor, case: Case, dtype: torch.dtype) -> None:
+    """`got` is the product of the first rows of `x`; errors are relative to the products of all of its rows.
+
+    A single row can come out small by cancellation, and its error would then say nothing.
+    """
+    assert got.dtype == dtype
+    exact = x.double() @ case.dense.T
+    M, N = got.shape
+    assert exact.shape[1] == N
+    error = got.double() - exact[:M]
+    frobenius = float(error.square().mean().sqrt() / exact.square().mean().sqrt())
+    max_abs = float(error.abs().max() / exact.abs().max())
+    allowed_frobenius, allowed_max_abs = TOLERANCE[dtype]
+    assert frobenius < allowed_frobenius, f"relative Frobenius error {frobenius:.2e} at M={M}"
+    assert max_abs < allowed_max_abs, f"max-abs error {max_abs:.2e} of the largest output at M={M}"
+
+
+def spec_of(N: int = 32, K: int = 128, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> LinearSpec:
+    return LinearSpec(N, K, QuantScheme(4, 32), torch.device(device), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@each_backend
+def test_linear_equals_float64(
+    name: str, N: int, K: int, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+) -> None:
+    scheme = QuantScheme(bits, group_size, symmetric)
+    case = make_case(N, K, scheme, torch.bfloat16)
+    spec = LinearSpec(N, K, scheme, CPU, dtype)
+    backend = load_backend(name)
+    if backend.why_unavailable(spec) is not None:
+        pytest.skip(f"{name}: {backend.why_unavailable(spec)}")
+    prepacked = backend.prepack(case.weight, spec)
+    assert prepacked.spec == spec
+    x = inputs_with_outliers(max(BATCHES), K, dtype)
+    for M in BATCHES:
+        assert_close(backend.linear(x[:M], prepacked), x, case, dtype)
+
+
+def test_backends_that_must_run_everywhere_do() -> None:
+    """What may skip above: nothing that is built in."""
+    for name, dtype, bits in itertools.product(("torch", "reference"), (torch.float32, torch.bfloat16), (4, 8)):
+        for group_size, symmetric in itertools.product((32, 64, 128, None), (True, False)):
+            spec = LinearSpec(33, 256, QuantScheme(bits, group_size, symmetric), CPU, dtype)
+            assert load_backend(name).why_unavailable(spec) is None
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@each_dtype
+@each_backend
+def test_scales_of_other_dtypes(name: str, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    scheme = QuantScheme(4, 32)
+    case = make_case(48, 256, scheme, scale_dtype)
+    backend = load_backend(name)
+    prepacked = backend.prepack(case.weight, LinearSpec(48, 256, scheme, CPU, dtype))
+    x = inputs_with_outliers(7, 256, dtype)
+    assert_close(backend.linear(x, prepacked), x, case, dtype)
+
+
+@each_backend
+def test_fp16_activations(name: str) -> None:
+    scheme = QuantScheme(4, 32)
+    case = make_case(48, 256, scheme, torch.float16)
+    backend = load_backend(name)
+    x = inputs_with_outliers(7, 256, torch.float16)
+    got = backend.linear(x, backend.prepack(case.weight, LinearSpec(48, 256, scheme, CPU, torch.float16)))
+    exact = x.double() @ case.dense.T
+    assert got.dtype == torch.float16
+    assert float((got.double() - exact).norm() / exact.norm()) < 1e-3
+
+
+@each_dtype
+@each_backend
+def test_activations_that_are_no_contiguous_rows(name: str, dtype: torch.dtype) -> None:
+    scheme = QuantScheme(4, 32)
+    case = make_case(32, 128, scheme, torch.bfloat16)
+    backend = load_backend(name)
+    prepacked = backend.prepack(case.weight, LinearSpec(32, 128, scheme, CPU, dtype))
+    x = inputs_with_outliers(128, 7, dtype).t()
+    assert not x.is_contiguous()
+    assert_close(backend.linear(x, prepacked), x, case, dtype)
+
+
+@each_backend
+def test_one_wrong_value_is_seen(name: str) -> None:
+    """The comparison notices a single weight that is off by one step."""
+    scheme = QuantScheme(4, 32)
+    case = make_case(16, 128, scheme, torch.bfloat16)
+    case.dense[3, 77] += float(case.weight.scale[3, 77 // 32])
+    backend = load_backend(name)
+    x = torch.zeros(1, 128)
+    x[0, 77] = 1.0
+    got = backend.linear(x, backend.prepack(case.weight, LinearSpec(16, 128, scheme, CPU, torch.float32)))
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(got, x, case, torch.float32)
+
+
+# torch's own kernels
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_torch_reads_int4_packed_with_bf16(symmetric: bool) -> None:
+    scheme = QuantScheme(4, 32, symmetric)
+    prepacked = TorchBackend().prepack(
+        make_case(48, 256, scheme, torch.bfloat16).weight, LinearSpec(48, 256, scheme, CPU, torch.bfloat16)
+    )
+    assert isinstance(prepacked, Int4PackedWeight)
+    assert prepacked.nbytes == 48 * 256 // 2 + 48 * 8 * 2 * 2  # half a byte a weight, scale and zero per group
+
+
+@pytest.mark.parametrize(
+    ("N", "scheme", "dtype"),
+    [
+        (48, QuantScheme(8, 32), torch.bfloat16),
+        (48, QuantScheme(4, 32), torch.float32),
+        (48, QuantScheme(4, 32), torch.float16),
+        (48, QuantScheme(4, None), torch.bfloat16),
+        (33, QuantScheme(4, 32), torch.bfloat16),
+    ],
+)
+def test_torch_dequantizes_tiles_of_the_rest(N: int, scheme: QuantScheme, dtype: torch.dtype) -> None:
+    weight = make_case(N, 256, scheme, torch.bfloat16).weight
+    prepacked = TorchBackend().prepack(weight, LinearSpec(N, 256, scheme, CPU, dtype))
+    assert isinstance(prepacked, TiledWeight)
+    assert prepacked.nbytes == weight.nbytes
+
+
+def test_torch_cuts_large_weights_into_several_tiles() -> None:
+    scheme = QuantScheme(8, 32, symmetric=False)
+    case = make_case(100, 13696, scheme, torch.bfloat16)
+    prepacked = TorchBackend().prepack(case.weight, LinearSpec(100, 13696, scheme, CPU, torch.float32))
+    assert isinstance(prepacked, TiledWeight)
+    assert prepacked.tile_rows < 50
+    x = inputs_with_outliers(2, 13696, torch.float32)
+    assert_close(TorchBackend().linear(x, prepacked), x, case, torch.float32)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 3, 8, 13, 32, 99, 100, 1000])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_of_any_height_give_the_same(bits: int, tile_rows: int) -> None:
+    scheme = QuantScheme(bits, 32, symmetric=False)
+    case = make_case(100, 64, scheme, torch.bfloat16)
+    tiled = TiledWeight(case.weight, tile_rows, LinearSpec(100, 64, scheme, CPU, torch.float32))
+    x = inputs_with_outliers(3, 64, torch.float32)
+    assert_close(TorchBackend().linear(x, tiled), x, case, torch.float32)
+
+
+def test_reference_keeps_the_weight_as_it_stands_in_the_file() -> None:
+    weight = make_case(33, 256, QuantScheme(4, 32), torch.bfloat16).weight
+    prepacked = ReferenceBackend().prepack(weight, spec_of(33, 256))
+    assert isinstance(prepacked, ReferenceWeight)
+    assert prepacked.weight is weight
+    assert prepacked.nbytes == weight.nbytes
+
+
+# QuantizedLinear
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3)])
+@each_backend
+def test_quantized_linear_takes_any_leading_dimensions_and_adds_its_bias(name: str, leading: tuple[int, ...]) -> None:
+    scheme = QuantScheme(4, 32)
+    case = make_case(33, 64, scheme, torch.bfloat16)
+    backend = load_backend(name)
+    bias = torch.linspace(-5, 5, 33)
+    linear = QuantizedLinear(
+        backend.prepack(case.weight, LinearSpec(33, 64, scheme, CPU, torch.float32)), backend, bias
+    )
+    x = torch.randn(*leading, 64, generator=torch.Generator().manual_seed(0))
+    got = linear(x)
+    assert got.shape == (*leading, 33)
+    torch.testing.assert_close(got.double(), x.double() @ case.dense.T + bias.double(), rtol=1e-5, atol=1e-5)
+    assert linear.nbytes == linear.prepacked.nbytes + 33 * 4
+    assert f"backend={name}" in repr(linear)
+
+
+# The choice
+
+
+class FakeBackend:
+    """Refuses with a fixed reason, and remembers what it was asked."""
+
+    def __init__(self, name: str, reason: str | None) -> None:
+        self.name = name
+        self.reason = reason
+        self.asked: list[LinearSpec] = []
+
+    def why_unavailable(self, spec: LinearSpec) -> str | None:
+        self.asked.append(spec)
+        return self.reason if spec.out_features == 32 else None
+
+    def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Prepacked:
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, weight: Prepacked) -> Tensor:
+        raise NotImplementedError
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *backends: FakeBackend) -> None:
+    by_name: dict[str, Backend] = {backend.name: backend for backend in backends}
+    monkeypatch.setattr(kernels, "BACKEND_NAMES", tuple(by_name))
+    monkeypatch.setattr(kernels, "load_backend", by_name.__getitem__)
+
+
+@each_backend
+def test_every_name_loads_the_backend_of_that_name(name: str) -> None:
+    assert load_backend(name).name == name
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Torch", "auto "])
+def test_an_unknown_name_is_a_usage_error_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        select_backend(name, [spec_of()])
+    assert caught.value.hint is not None
+    for known in ("auto", *BACKEND_NAMES):
+        assert known in caught.value.hint
+
+
+def test_a_named_backend_is_taken_although_a_better_one_runs() -> None:
+    backend, reason = select_backend("reference", [spec_of()])
+    assert (backend.name, reason) == ("reference", "asked for")
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    # No kernels for this device: `auto` has another to take, the named one must not.
+    with pytest.raises(BackendError, match=r"torch.*meta") as caught:
+        select_backend("torch", [spec_of(), spec_of(64, device="meta")])
+    assert caught.value.hint is not None
+    assert "auto" in caught.value.hint
+    backend, reason = select_backend("auto", [spec_of(), spec_of(64, device="meta")])
+    assert backend.name == "reference"
+    assert "torch cannot" in reason
+    assert "meta" in reason
+
+
+def test_auto_takes_the_first_that_runs_everything_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = FakeBackend("a", "no A"), FakeBackend("b", None), FakeBackend("c", None)
+    install(monkeypatch, first, second, third)
+    chosen, reason = select_backend("auto", [spec_of(64), spec_of(32)])
+    assert chosen is second
+    assert "a cannot: no A" in reason
+    assert third.asked == []
+    chosen, reason = select_backend("auto", [spec_of(64)])
+    assert chosen is first
+    assert "cannot" not in reason
+
+
+def test_auto_without_any_backend_lists_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeBackend("a", "no A"), FakeBackend("b", "no B"))
+    with pytest.raises(BackendError, match=r"no A.*no B"):
+        select_backend("auto", [spec_of()])
+
+
+def test_equal_linears_are_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = FakeBackend("a", None)
+    install(monkeypatch, only)
+    select_backend("auto", iter([spec_of(), spec_of(), spec_of(64), spec_of()]))
+    assert only.asked == [spec_of(), spec_of(64)]
