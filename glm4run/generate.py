@@ -18,9 +18,9 @@ from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, Progress, load_weights
-from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.memory import PREFILL_CHUNK, MemoryPlan
 from glm4run.model import Glm4Model
+from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
 from glm4run.stopping import StopStrings, is_looping
 from glm4run.tokenizer import Tokenizer, load_tokenizer
@@ -136,7 +136,7 @@ class LoadedModel:
     def encode_prompt(
         self, prompt: str | Sequence[Message] | Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids of a prompt: text behind the `[gMASK]<sop>` prefix, messages in the model's dialect, ids as given."""
+        """Token ids of a prompt: text behind the `[gMASK]<sop>` prefix, messages in the chat dialect, ids as given."""
         if isinstance(prompt, str):
             return [*self.tokenizer.prefix_ids, *self.tokenizer.encode(prompt)]
         messages = [item for item in prompt if isinstance(item, Message)]
@@ -159,8 +159,8 @@ class LoadedModel:
 
         A `str` is continued behind the family's prefix, messages are answered in the model's chat dialect, ids are
         taken as they are. `chat` says whether ids end where an assistant's answer begins, so that the answer's framing
-        (its first newline, a thought) is taken off; messages always do. `context` keeps the cache between calls: only what is new is prefilled. Closing the
-        iterator, or an exception inside it (Ctrl-C), leaves `context` whole.
+        (its first newline, a thought) is taken off; messages always do. `context` keeps the cache between calls: only
+        what is new is prefilled. Closing the iterator, or an exception inside it (Ctrl-C), leaves `context` whole.
 
         Raises:
             DoesNotFitError: the prompt leaves no room in the context. Before any computation.

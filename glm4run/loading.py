@@ -124,15 +124,15 @@ def adapt_config(
         config = dataclasses.replace(config, rope_theta=rope_theta, notices=())
     factor = None if card is None else card.yarn_factor
     native = config.max_position_embeddings
+    passes_native = context_len is not None and context_len > native
     if config.rope_scaling is not None and yarn == "off":
         native = config.rope_scaling.original_max_position_embeddings
         config = dataclasses.replace(config, rope_scaling=None, max_position_embeddings=native)
     elif config.rope_scaling is None and yarn == "on" and factor is None:
         raise UsageError("this model is not extended with YaRN", hint="use --yarn auto")
-    elif config.rope_scaling is None and factor is not None:
-        if yarn == "on" or (yarn == "auto" and context_len is not None and context_len > native):
-            config = config.with_yarn(factor)
-            notices.append(f"YaRN x{factor:g}: native context {native}, now {config.max_position_embeddings}")
+    elif config.rope_scaling is None and factor is not None and (yarn == "on" or (yarn == "auto" and passes_native)):
+        config = config.with_yarn(factor)
+        notices.append(f"YaRN x{factor:g}: native context {native}, now {config.max_position_embeddings}")
     wanted = context_len or config.max_position_embeddings
     if wanted >= LONG_CONTEXT and config.rope_theta < LONG_CONTEXT_THETA and config.rope_scaling is None:
         notices.append(f"context {wanted} with RoPE base {config.rope_theta:g} and no YaRN: answers may degrade")

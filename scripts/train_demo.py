@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the embedded demo model from scratch, on text that this repository generates, with a fixed seed.
 
-    PYTHONPATH=.:quantize python scripts/train_demo.py OUT_DIR [--minutes 40]      # bf16 checkpoint in the glm4 layout, about 11 MB
+    python scripts/train_demo.py OUT_DIR [--minutes 72]   # bf16 checkpoint in the glm4 layout, about 11 MB
     glm4run quantize OUT_DIR -o models/demo --bits 4 --overwrite
 
 The model has the architecture of GLM-4-9B-0414 (sandwich norms, partial interleaved RoPE, grouped-query attention
@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import demo_corpus
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -30,11 +29,12 @@ from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import demo_corpus
 from glm4run.chat_format import Message, encode_chat
 from glm4run.config import QuantScheme, parse_config
 from glm4run.dialects import DIALECTS
 from glm4run.model import Glm4Model
-from glm4run.tokenizer import SPLIT_PATTERN, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from glm4run.tokenizer import SPLIT_PATTERN, Tokenizer, load_tokenizer
 from glm4run_quantize.methods.rtn import quantize_rtn
 
 RANKS = 2800
@@ -188,7 +188,8 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             q, scale = quantize_rtn(weight, self.scheme, torch.bfloat16)
             rounded = (q.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
-        return weight + (rounded - weight).detach()
+        straight_through: Tensor = weight + (rounded - weight).detach()
+        return straight_through
 
 
 def train(model: Glm4Model, tokenizer: Tokenizer, seconds: float, steps: int | None) -> None:

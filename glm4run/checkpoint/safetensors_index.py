@@ -107,9 +107,10 @@ def _scan_sharded(folder: Path, index: Path) -> tuple[dict[str, TensorEntry], li
         if not shard.is_file():
             problems.append(Problem("the shard is missing", "download it again", shard_name))
             continue
+        before = len(problems)
         found = {entry.name: entry for entry in _scan_shard(shard, problems)}
         expected = {name for name, file in weight_map.items() if file == shard_name}
-        if found:
+        if found or len(problems) == before:  # an unreadable shard is one problem, not one for each of its tensors
             for name in sorted(expected - found.keys()):
                 problems.append(Problem("the index places it here, but it is not", "download both", shard_name, name))
             for name in sorted(found.keys() - expected):
@@ -128,7 +129,9 @@ def _scan_shard(path: Path, problems: list[Problem]) -> list[TensorEntry]:
                 problems.append(Problem(f"truncated: {size} bytes hold no complete header", again, path.name))
                 return []
             header = json.loads(file.read(length))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a JSON {type(header).__name__}")
+    except (OSError, ValueError) as error:
         problems.append(Problem(f"not a safetensors file: {error}", again, path.name))
         return []
     entries, end = [], 0
@@ -150,6 +153,8 @@ def _parse_entry(name: str, item: Any, path: Path, data_start: int) -> TensorEnt
     """A tensor's entry, or what is wrong with it."""
     try:
         dtype, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        if not all(type(size) is int and size >= 0 for size in shape):
+            return f"shape {list(shape)}, expected whole numbers"
         nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
         if begin < 0 or end - begin != nbytes:
             return f"{end - begin} bytes for {dtype} {list(shape)}, expected {nbytes}"

@@ -55,7 +55,8 @@ def _encode_conversation(tokenizer: Tokenizer, dialect: Dialect, text: str) -> l
         unknown = data.keys() - {"messages", "tools", "add_generation_prompt"}
         if unknown or "messages" not in data:
             raise UsageError(
-                f"the object has {', '.join(sorted(data)) or 'no keys'}, expected messages, tools, add_generation_prompt"
+                f"the object has the keys {sorted(data)}, expected messages, and optionally tools and "
+                "add_generation_prompt"
             )
         tools, generation_prompt = data.get("tools"), bool(data.get("add_generation_prompt", True))
         data = data["messages"]

@@ -91,7 +91,7 @@ def choose_recipe(
     if group_size is not None:
         _require_divides(group_size, widths)
     kinds = _kinds(widths)
-    wanted = {kind: group_size or DEFAULT_GROUP_SIZE for kind in kinds}
+    wanted = dict.fromkeys(kinds, group_size or DEFAULT_GROUP_SIZE)
     if group_size is None and bits == 4:
         wanted["down_proj"] = INT4_DOWN_PROJ_GROUP_SIZE
     notices = []
