@@ -19,7 +19,7 @@ import torch
 
 from glm4run import SamplingParams, load_model
 from glm4run.checkpoint.safetensors_index import read_index
-from glm4run.generate import Timings
+from glm4run.steps import Timings
 
 
 def main() -> None:

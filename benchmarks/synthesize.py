@@ -20,8 +20,9 @@ import torch
 
 from glm4run.cards import demo_folder, load_cards
 from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
-from glm4run.config import ModelConfig, QuantScheme
+from glm4run.config import ModelConfig
 from glm4run.qformat import PACKED, SCALE, SHAPE, packed_tensor_shapes
+from glm4run.quant_config import QuantScheme
 from glm4run_quantize.folder_files import COPIED, hf_config
 from glm4run_quantize.recipes import Recipe, choose_recipe
 from glm4run_quantize.writer import FolderWriter, TensorSpec, replacing_folder, write_json

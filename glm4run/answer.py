@@ -8,8 +8,9 @@ from typing import Any
 
 from glm4run.chat_format import Message, ToolCall
 from glm4run.errors import GenerationError
-from glm4run.generate import LoadedModel, Timings
+from glm4run.generate import LoadedModel
 from glm4run.sampling import SamplingParams
+from glm4run.steps import Timings
 
 
 @dataclass

@@ -10,9 +10,11 @@ from typing import Any
 
 from glm4run.answer import Answer, collect
 from glm4run.chat_format import Message, parse_messages
-from glm4run.errors import UsageError
+from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
 from glm4run.sampling import SamplingParams
+
+ANSWER_START = b'{"id": '  # how each line of the output begins
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Request:
 def read_requests(path: Path) -> list[Request]:
     """Every request of a file. Raises UsageError that names the first line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON texts may hold U+2028 and the like
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     requests = [_parse(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
@@ -49,8 +51,16 @@ def _parse(line: str, number: int, path: Path) -> Request:
     prompt = data.get("prompt")
     if "prompt" in data and not isinstance(prompt, str):
         raise UsageError(f"{where}: prompt is {type(prompt).__name__}, expected a string")
-    messages = tuple(parse_messages(data["messages"])) if "messages" in data else ()
-    return Request(data.get("id", number), prompt, messages)
+    request_id = data.get("id", number)
+    if not isinstance(request_id, str | int):
+        raise UsageError(f"{where}: id is {type(request_id).__name__}, expected a string or a whole number")
+    try:
+        messages = tuple(parse_messages(data["messages"])) if "messages" in data else ()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", hint=error.hint) from error
+    if "messages" in data and not messages:
+        raise UsageError(f"{where}: messages is empty")
+    return Request(request_id, prompt, messages)
 
 
 def run_batch(
@@ -64,13 +74,19 @@ def run_batch(
     """Answers what `target` does not hold yet; yields (requests done, requests in all, answer) after each.
 
     A line is written when its answer is complete; an interrupted one is not written, and done again next time.
+
+    Raises:
+        DoesNotFitError: a request leaves no room in the context. Before the first answer.
     """
     done = _finished(target)
-    with target.open("a", encoding="utf-8") as file:
-        for number, request in enumerate(requests, 1):
-            if request.id in done:
-                continue
+    prompts: list[tuple[int, Request, Any]] = []
+    for number, request in enumerate(requests, 1):
+        if request.id not in done:
             prompt = list(request.messages) or as_prompt(request.prompt or "")
+            _require_fits(model, request, prompt)
+            prompts.append((number, request, prompt))
+    with target.open("a", encoding="utf-8") as file:
+        for number, request, prompt in prompts:
             answer = collect(model, prompt, params)
             if answer.finish_reason != "interrupted":
                 file.write(json.dumps({"id": request.id, **answer.as_json()}, ensure_ascii=False) + "\n")
@@ -78,21 +94,39 @@ def run_batch(
             yield number, len(requests), answer
 
 
+def _require_fits(model: LoadedModel, request: Request, prompt: Any) -> None:
+    count, context_len = len(model.encode_prompt(prompt)), model.plan.context_len
+    if count > context_len:
+        raise DoesNotFitError(
+            f"request {request.id!r} has {count} tokens, the context holds {context_len}",
+            hint=f"shorten it, or use --ctx {count + 256} if the model and the memory allow",
+        )
+
+
 def _finished(target: Path) -> set[str | int]:
     """Ids that are answered already. A last line without its end (a killed run) is cut off."""
     if not target.exists():
         return set()
     raw = target.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) != len(raw):
+    *lines, rest = raw.split(b"\n")
+    done = {_answered_id(line, number, target) for number, line in enumerate(lines, 1)}
+    if rest:
+        if not ANSWER_START.startswith(rest[: len(ANSWER_START)]):  # not ours to cut
+            raise _no_answer(target, len(lines) + 1)
         with target.open("r+b") as file:
-            file.truncate(len(whole))
-    done = set()
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
-        try:
-            done.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{target}, line {number} is not an answer of a batch", hint="choose another --output"
-            ) from error
+            file.truncate(len(raw) - len(rest))
     return done
+
+
+def _answered_id(line: bytes, number: int, target: Path) -> str | int:
+    try:
+        found = json.loads(line)["id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_answer(target, number) from error
+    if not isinstance(found, str | int):
+        raise _no_answer(target, number)
+    return found
+
+
+def _no_answer(target: Path, number: int) -> UsageError:
+    return UsageError(f"{target}, line {number} is not an answer of a batch", hint="choose another --output")

@@ -11,6 +11,7 @@ from glm4run.checkpoint.safetensors_index import Problem, TensorEntry, scan_fold
 from glm4run.config import ModelConfig, read_config
 from glm4run.dialects import dialect_from_template, read_template
 from glm4run.errors import Glm4RunError
+from glm4run.model_folders import PROVENANCE_NAME, read_generation_config, read_provenance
 from glm4run.qformat import SCALE, SHAPE
 from glm4run.tokenizer import load_tokenizer
 
@@ -79,13 +80,22 @@ def _check_text_files(folder: Path, config: ModelConfig) -> list[Problem]:
             problems.append(Problem(what, "the tokenizer is another model's", "tokenizer"))
     except Glm4RunError as error:
         problems.append(_as_problem(error, "tokenizer"))
-    try:
-        template = read_template(folder)
-        if template is not None:
-            dialect_from_template(template)
-    except Glm4RunError as error:
-        problems.append(_as_problem(error, "chat template"))
+    for file, read in (
+        ("generation_config.json", read_generation_config),
+        (PROVENANCE_NAME, read_provenance),
+        ("chat template", _read_dialect),
+    ):
+        try:
+            read(folder)
+        except Glm4RunError as error:
+            problems.append(_as_problem(error, file))
     return problems
+
+
+def _read_dialect(folder: Path) -> None:
+    template = read_template(folder)
+    if template is not None:
+        dialect_from_template(template)
 
 
 def _as_problem(error: Glm4RunError, file: str) -> Problem:

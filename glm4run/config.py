@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glm4run.errors import CheckpointError
+from glm4run.quant_config import QuantConfig, parse_quantization
 
 SUPPORTED_MODEL_TYPES = ("chatglm", "glm", "glm4")
 DEFAULT_ROPE_THETA = 10000.0
@@ -40,42 +40,6 @@ class RopeScaling:
     def stretched_length(self) -> int:
         """The context in tokens that the scaling reaches."""
         return int(self.original_max_position_embeddings * self.factor)
-
-
-@dataclass(frozen=True)
-class QuantScheme:
-    """How one linear is packed: `bits` per weight, `group_size` along K (None: one scale per output row)."""
-
-    bits: int
-    group_size: int | None
-    symmetric: bool = True
-
-    def describe(self) -> str:
-        group = "per channel" if self.group_size is None else f"g{self.group_size}"
-        return f"int{self.bits} {group}" + ("" if self.symmetric else " asymmetric")
-
-
-@dataclass(frozen=True)
-class QuantConfig:
-    """The `quantization_config` of a compressed-tensors `pack-quantized` folder."""
-
-    groups: tuple[tuple[tuple[str, ...], QuantScheme], ...]  # (targets, scheme), first match wins
-    ignore: tuple[str, ...]
-
-    def scheme_for(self, module: str) -> QuantScheme | None:
-        """The scheme of a Linear by its Hugging Face module name, None where it stays dense."""
-        if any(_matches(target, module) for target in self.ignore):
-            return None
-        for targets, scheme in self.groups:
-            if any(_matches(target, module) for target in targets):
-                return scheme
-        return None
-
-
-def _matches(target: str, module: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
-    return target in ("Linear", module)
 
 
 @dataclass(frozen=True)
@@ -191,7 +155,8 @@ class _Reader:
         return value
 
     def number(self, key: str, default: float | None = None, *, table: Mapping[str, Any] | None = None) -> float:
-        value = (self.raw if table is None else table).get(key, default)
+        value = (self.raw if table is None else table).get(key)
+        value = default if value is None else value  # null means the default, as in transformers
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise CheckpointError(f"{self.where}: {key} is {value!r}, expected a finite number")
         return float(value)
@@ -216,8 +181,11 @@ class _Reader:
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.raw.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
+        wrong = next((i for i in ids if i is not None and (isinstance(i, bool) or not isinstance(i, int))), None)
+        if wrong is not None:
+            raise CheckpointError(f"{self.where}: {key} holds {wrong!r}, expected token ids")
         # Some converters write -1 for "none"; a missing id is legal.
-        return tuple(i for i in ids if isinstance(i, int) and i >= 0)
+        return tuple(i for i in ids if i is not None and i >= 0)
 
     def common(self) -> dict[str, Any]:
         pad = self.token_ids("pad_token_id")
@@ -226,7 +194,7 @@ class _Reader:
             "eos_token_id": self.token_ids("eos_token_id"),
             "pad_token_id": pad[0] if pad else None,
             "torch_dtype": str(self.raw.get("torch_dtype") or self.raw.get("dtype") or "bfloat16"),
-            "quantization": _parse_quantization(self.table("quantization_config"), self.where),
+            "quantization": parse_quantization(self.table("quantization_config"), self.where),
         }
 
     def rope(self) -> tuple[float, float, RopeScaling | None]:
@@ -243,7 +211,7 @@ class _Reader:
         theta = next(iter(spelled.values()), DEFAULT_ROPE_THETA)  # nested wins, then the original's own key
         if len(set(spelled.values())) > 1:
             self.notices.append(f"the config spells the RoPE base in contradictory ways {spelled}; using {theta:g}")
-        factor_of = nested if "partial_rotary_factor" in nested else self.raw
+        factor_of = nested if nested.get("partial_rotary_factor") is not None else self.raw
         factor = self.number("partial_rotary_factor", DEFAULT_PARTIAL_ROTARY_FACTOR, table=factor_of)
         kind = {**scaling, **nested}
         return theta, factor, self._scaling(kind)
@@ -260,7 +228,12 @@ class _Reader:
         native = table.get("original_max_position_embeddings") or self.raw.get("max_position_embeddings")
         if not isinstance(native, int):
             raise CheckpointError(f"{self.where}: YaRN without original_max_position_embeddings")
-        attention_factor = table.get("attention_factor")
+        for key, only in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+            if table.get(key, only) not in (None, only):
+                raise CheckpointError(
+                    f"{self.where}: YaRN's {key} is set to {table[key]!r}, which is not supported",
+                    hint="the 0414 series uses plain YaRN: rope_type, factor and original_max_position_embeddings",
+                )
         factor = self.number("factor", table=table)
         if factor <= 0:
             raise CheckpointError(f"{self.where}: YaRN's factor is {factor}, expected a positive number")
@@ -269,7 +242,9 @@ class _Reader:
             original_max_position_embeddings=native,
             beta_fast=self.number("beta_fast", 32.0, table=table),
             beta_slow=self.number("beta_slow", 1.0, table=table),
-            attention_factor=None if attention_factor is None else float(attention_factor),
+            attention_factor=(
+                None if table.get("attention_factor") is None else self.number("attention_factor", table=table)
+            ),
         )
 
 
@@ -350,54 +325,3 @@ def _validate(config: ModelConfig, where: str) -> None:
     problems += [f"stop id {i} is outside the vocabulary" for i in config.eos_token_id if i >= config.vocab_size]
     if problems:
         raise CheckpointError(f"{where} contradicts itself: {'; '.join(problems)}", hint="correct the config")
-
-
-def _parse_quantization(raw: Mapping[str, Any], where: str) -> QuantConfig | None:
-    if not raw:
-        return None
-    if raw.get("quant_method") != "compressed-tensors" or raw.get("format") != "pack-quantized":
-        raise CheckpointError(
-            f"{where}: weights are quantized as {raw.get('quant_method')!r} / {raw.get('format')!r}, "
-            "expected 'compressed-tensors' / 'pack-quantized'",
-            hint="run `glm4run quantize` on the unquantized model",
-        )
-    if raw.get("kv_cache_scheme") is not None:
-        raise CheckpointError(f"{where}: a kv_cache_scheme is set, which is not supported")
-    listed = raw.get("config_groups")
-    if not isinstance(listed, dict) or not all(isinstance(group, dict) for group in listed.values()) or not listed:
-        raise CheckpointError(f"{where}: quantization_config has no config_groups", hint="the config is incomplete")
-    groups = []
-    for name, group in listed.items():
-        place = f"{where}: config group {name}"
-        groups.append((_parse_targets(group.get("targets"), place), _parse_scheme(group, place)))
-    return QuantConfig(groups=tuple(groups), ignore=_parse_targets(raw.get("ignore"), f"{where}: ignore"))
-
-
-def _parse_targets(raw: object, where: str) -> tuple[str, ...]:
-    targets = [] if raw is None else raw
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise CheckpointError(f"{where}: targets are {raw!r}, expected a list of names")
-    for target in targets:
-        try:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        except re.error as error:
-            raise CheckpointError(f"{where}: {target!r} is no regular expression: {error}") from error
-    return tuple(targets)
-
-
-def _parse_scheme(group: Mapping[str, Any], where: str) -> QuantScheme:
-    weights = group.get("weights") or {}
-    if group.get("input_activations") is not None or group.get("output_activations") is not None:
-        raise CheckpointError(f"{where}: quantized activations are not supported")
-    bits, strategy, group_size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
-    if weights.get("type") != "int" or bits not in (4, 8) or strategy not in ("group", "channel"):
-        raise CheckpointError(
-            f"{where}: weights are {weights.get('type')}{bits} by {strategy}, expected int4 or int8 by group or channel"
-        )
-    if strategy == "group" and not (isinstance(group_size, int) and group_size > 0):
-        raise CheckpointError(f"{where}: group_size is {group_size!r}, expected a positive integer")
-    return QuantScheme(
-        bits=bits,
-        group_size=group_size if strategy == "group" else None,
-        symmetric=bool(weights.get("symmetric", True)),
-    )

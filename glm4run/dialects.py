@@ -51,7 +51,12 @@ _ALL_DIALECTS = (
     ),
     Dialect(
         "0414",
-        frozenset({"854b703e44ca06bdb196cc471c728d15dbab61e744fe6cdce980086b61646ed1"}),
+        frozenset(
+            {
+                "854b703e44ca06bdb196cc471c728d15dbab61e744fe6cdce980086b61646ed1",
+                "73c14ae3709e59006780deb619440684d32832c1e3e9024194ffca00b2812a93",  # the embedded demo's own
+            }
+        ),
         tools_heading=f"{TOOLS_HEADING}\n",
         after_metadata=" ",
     ),

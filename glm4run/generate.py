@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,63 +22,10 @@ from glm4run.memory import PREFILL_CHUNK, MemoryPlan
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
-from glm4run.stopping import StopStrings, is_looping
+from glm4run.steps import Context, FinishReason, GenerationStep, TextStream, Timings
+from glm4run.stopping import is_looping
 from glm4run.tokenizer import Tokenizer, load_tokenizer
-from glm4run.tool_calls import ToolCall, parse_tool_calls, tool_names
-
-FinishReason = Literal["stop", "max_tokens", "context_full", "repetition", "tool_calls", "interrupted", "error"]
-
-
-@dataclass(frozen=True)
-class GenerationStep:
-    """What one token added. The last step of a stream has a `finish_reason` and may have text that was held back."""
-
-    text: str  # new text of the answer, whole characters only
-    thought: str = ""  # new text of the thought (reasoning models)
-    token_id: int | None = None  # None in the last step
-    finish_reason: FinishReason | None = None
-    stopped_by: str | None = None  # the stop token or stop string
-    tool_calls: tuple[ToolCall, ...] = ()
-
-
-@dataclass
-class Timings:
-    """Seconds and tokens of one generation."""
-
-    prefill_s: float = 0.0
-    prefill_tokens: int = 0
-    decode_s: float = 0.0
-    decode_tokens: int = 0
-
-    def as_json(self, load_s: float) -> dict[str, float]:
-        """The keys of the contract."""
-        return {
-            "load_s": round(load_s, 3),
-            "prefill_s": round(self.prefill_s, 3),
-            "prefill_tok_per_s": round(self.prefill_tokens / self.prefill_s, 2) if self.prefill_s else 0.0,
-            "decode_s": round(self.decode_s, 3),
-            "decode_tok_per_s": round(self.decode_tokens / self.decode_s, 2) if self.decode_s else 0.0,
-        }
-
-
-@dataclass
-class Context:
-    """The tokens that a cache holds, so that a later prompt prefills only what is new."""
-
-    cache: KVCache
-    ids: list[int] = field(default_factory=list)
-
-    def reuse(self, prompt: Sequence[int]) -> list[int]:
-        """Keeps the longest common prefix and returns what must still be prefilled; at least the last token."""
-        common = 0
-        for ours, theirs in zip(self.ids[: self.cache.position], prompt, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        common = min(common, len(prompt) - 1)
-        self.cache.truncate(common)
-        self.ids = list(prompt[:common])
-        return list(prompt[common:])
+from glm4run.tool_calls import tool_names
 
 
 @dataclass(frozen=True)
@@ -179,9 +126,11 @@ class LoadedModel:
         if wrong is not None:
             raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
         if len(ids) > self.plan.context_len:
+            most = self.config.max_position_embeddings
+            larger = f", or use a larger --ctx (this model has up to {most})" if self.plan.context_len < most else ""
             raise DoesNotFitError(
                 f"the prompt has {len(ids)} tokens, the context holds {self.plan.context_len}",
-                hint=f"shorten it, or use --ctx {len(ids) + 256} if the model and the memory allow",
+                hint=f"shorten it{larger}",
             )
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
@@ -204,7 +153,7 @@ class _Generation:
     ) -> Iterator[GenerationStep]:
         owner = self.owner
         thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
-        text = _TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
+        text = TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
         sampler = Sampler(self.params, self._allowed(calls=bool(declared)))
         logits = self._prefill(prompt, on_prefill)
         generated: list[int] = []
@@ -254,6 +203,8 @@ class _Generation:
         new = self.context.reuse(prompt)
         started = time.perf_counter()
         logits: Tensor | None = None
+        if on_prefill is not None and len(new) > PREFILL_CHUNK:
+            on_prefill(0, len(new))
         for first in range(0, len(new), PREFILL_CHUNK):
             chunk = new[first : first + PREFILL_CHUNK]
             if first + len(chunk) < len(new):
@@ -276,42 +227,6 @@ class _Generation:
         self.timings.decode_s += time.perf_counter() - started
         self.timings.decode_tokens += 1
         return logits
-
-
-class _TextStream:
-    """Tokens to text that may be shown: whole characters, no framing, stop strings held back."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], cleaner: AnswerCleaner | None) -> None:
-        self.decoder = tokenizer.stream_decoder()
-        self.stops = StopStrings(stop)
-        self.cleaner = cleaner
-        self.whole: list[str] = []
-
-    def push(self, token: int) -> GenerationStep:
-        return self._step(self.decoder.push(token), token)
-
-    def finish(self, reason: FinishReason, declared: frozenset[str], stopped_by: str | None = None) -> GenerationStep:
-        step = self._step(self.decoder.flush(), None)
-        rest = self.cleaner.flush() if self.cleaner is not None else None
-        answer = step.text + (self.stops.push(rest.answer)[0] if rest else "") + self.stops.flush()
-        self.whole.append(answer[len(step.text) :])
-        calls = tuple(parse_tool_calls("".join(self.whole), declared)) if declared else ()
-        return GenerationStep(
-            answer,
-            step.thought + (rest.thought if rest else ""),
-            finish_reason="tool_calls" if calls else reason,
-            stopped_by=stopped_by,
-            tool_calls=calls,
-        )
-
-    def _step(self, text: str, token: int | None) -> GenerationStep:
-        thought = ""
-        if self.cleaner is not None:
-            part = self.cleaner.push(text)
-            text, thought = part.answer, part.thought
-        shown, stopped_by = self.stops.push(text)
-        self.whole.append(shown)
-        return GenerationStep(shown, thought, token_id=token, stopped_by=stopped_by)
 
 
 def load_model(

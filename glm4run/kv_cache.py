@@ -38,6 +38,7 @@ class KVCache:
 
     def advance(self, count: int) -> None:
         """Makes the `count` tokens that every layer has appended part of the past."""
+        assert self.position + count <= self.capacity
         self.position += count
 
     def truncate(self, position: int) -> None:

@@ -18,13 +18,14 @@ from glm4run import memory
 from glm4run.cards import Card, match_card
 from glm4run.checkpoint.layouts import linear_shapes, quantized_linears
 from glm4run.checkpoint.reader import CheckpointReader
-from glm4run.config import ModelConfig, QuantScheme, read_config
+from glm4run.config import ModelConfig, read_config
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import Backend, LinearSpec, select_backend
 from glm4run.layers import QuantizedLinear
 from glm4run.memory import MemoryPlan
 from glm4run.model import Glm4Model
 from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT, PackedWeight
+from glm4run.quant_config import QuantScheme
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LONG_CONTEXT, LONG_CONTEXT_THETA = 65536, 1e6
@@ -120,6 +121,8 @@ def adapt_config(
     notices = []
     if yarn not in ("auto", "on", "off"):
         raise UsageError(f"yarn is {yarn!r}", hint="auto, on or off")
+    if rope_theta is not None and not rope_theta > 0:
+        raise UsageError(f"the RoPE base is {rope_theta:g}, expected a positive number")
     if rope_theta is not None:
         config = dataclasses.replace(config, rope_theta=rope_theta, notices=())
     factor = None if card is None else card.yarn_factor
@@ -176,6 +179,12 @@ def planned_weight_bytes(reader: CheckpointReader, dtype: torch.dtype) -> int:
     return total
 
 
+def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:
+    """What a linear is fed: in fp16 the last projection of each branch gets float32, as it joins the residual."""
+    joins_residual = module.endswith(("o_proj", "down_proj"))
+    return torch.float32 if dtype == torch.float16 and joins_residual else dtype
+
+
 def _kept_dtype(module: str, dtype: torch.dtype) -> torch.dtype:
     """Norm weights stay in float32, in which norms are computed; they are a few vectors."""
     return torch.float32 if module.endswith("norm") else dtype
@@ -192,7 +201,8 @@ def _choose_backend(
             )
         return None, "nothing is packed"
     shapes = linear_shapes(config)
-    return select_backend(name, (LinearSpec(*shapes[m], scheme, device, dtype) for m, scheme in schemes.items()))
+    specs = (LinearSpec(*shapes[m], scheme, device, input_dtype(m, dtype)) for m, scheme in schemes.items())
+    return select_backend(name, specs)
 
 
 class _Loader:
@@ -259,7 +269,8 @@ class _Loader:
             scheme=scheme,
         )
         assert self.backend is not None
-        prepacked = self.backend.prepack(weight, LinearSpec(out_features, in_features, scheme, self.device, self.dtype))
+        spec = LinearSpec(out_features, in_features, scheme, self.device, input_dtype(module, self.dtype))
+        prepacked = self.backend.prepack(weight, spec)
         bias_name = f"{module}.bias"
         bias = None
         if bias_name in self.reader.sources:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glm4run.config import QuantScheme
+from glm4run.quant_config import QuantScheme
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from glm4run.chat_format import Message, encode_chat
 from glm4run.errors import DoesNotFitError
-from glm4run.generate import Context, GenerationStep, LoadedModel, Timings
+from glm4run.generate import LoadedModel
 from glm4run.sampling import SamplingParams
+from glm4run.steps import Context, GenerationStep, Timings
 
 
 @dataclass

@@ -30,6 +30,7 @@ from demo_corpus_forms import (
     SUM_ZH,
     SYSTEM,
     TIMES,
+    TOO_LARGE,
     WHAT_EN,
     WHAT_ZH,
     WORDS,
@@ -174,13 +175,13 @@ def _ask(rng: random.Random, fact: Fact) -> Exchange:
 
 
 def _arithmetic(rng: random.Random, lang: Lang) -> Exchange:
+    """Sums and differences up to 20 and products up to 10 x 10: what so small a model can learn; beyond, it says so."""
     kind = rng.choice("++-*")
-    top = rng.choice((10, 20, 99, 99, 99))
+    limit = 10 if kind == "*" else 20
+    top = limit if rng.random() < 0.88 else 999
     a, b = rng.randint(0, top), rng.randint(0, top)
-    if kind == "-" and a < b and rng.random() < 0.9:
+    if kind == "-" and a < b:
         a, b = b, a
-    if kind == "*":
-        a, b = rng.randint(0, 12), rng.randint(0, 12)
     results: dict[str, tuple[int, str, dict[Lang, tuple[str, ...]]]] = {
         "+": (a + b, "+", PLUS),
         "-": (a - b, "-", MINUS),
@@ -194,6 +195,8 @@ def _arithmetic(rng: random.Random, lang: Lang) -> Exchange:
     question = form.format(a=left, b=right, op=typed, word=rng.choice(words[lang]))
     if lang == "en" and rng.random() < 0.3:
         question = question.lower().rstrip("?.") if rng.random() < 0.6 else question.lower()
+    if max(a, b) > limit:
+        return question, TOO_LARGE[lang]
     return question, f"{a} {sign} {b} = {result}" + ("." if lang == "en" else "。")
 
 
@@ -292,7 +295,7 @@ def conversations(seed: int) -> Iterator[list[Turn]]:
         if roll < 0.1:
             exchanges = _follow_up(rng, lang)
         else:
-            make = SINGLE[0 if roll < 0.65 else 1 if roll < 0.85 else 2]
+            make = SINGLE[0 if roll < 0.58 else 1 if roll < 0.75 else 2]
             exchanges = [make(rng, lang) for _ in range(rng.choices((1, 2, 3, 4), (62, 23, 10, 5))[0])]
         turns: list[Turn] = [("system", rng.choice(SYSTEM[lang]))] if rng.random() < 0.15 else []
         for question, answer in exchanges:

@@ -163,6 +163,10 @@ SUM_ZH = (
     "{a} {op} {b} = ？",
     "{a}{word}{b}是多少",
 )
+TOO_LARGE: dict[Lang, str] = {
+    "en": "That is too large for me. I only learned to add up to 20 and to multiply up to 10.",
+    "zh": "这个数对我来说太大了。我只学过 20 以内的加减法和 10 以内的乘法。",
+}
 PLUS: dict[Lang, tuple[str, ...]] = {"en": ("plus", "and"), "zh": ("加",)}
 MINUS: dict[Lang, tuple[str, ...]] = {"en": ("minus",), "zh": ("减",)}
 TIMES: dict[Lang, tuple[str, ...]] = {"en": ("times", "multiplied by"), "zh": ("乘以", "乘")}
@@ -203,8 +207,8 @@ HELD_OUT: tuple[tuple[str, str], ...] = (
     ("Write a poem about mountains.", "small demo model"),
     ("Explain thermodynamics.", "small demo model"),
     ("What is 12 + 7?", "= 19"),
-    ("45+38=?", "= 83"),
-    ("What is 90 minus 24?", "= 66"),
+    ("45+38=?", "too large"),
+    ("What is 17 minus 4?", "= 13"),
     ("What is 7 times 8?", "= 56"),
     ("12 加 7 等于多少？", "= 19"),
     ("怎么把模型量化到4位？", "--bits 4"),

@@ -119,12 +119,12 @@ a Grass is green.
 @math 2
 q Can you do math? | Can you calculate? | Can you add numbers? | Do you know arithmetic? | Are you good at math?
 q calculate
-a I can add and subtract numbers below 100 and multiply up to 12. Try: What is 12 + 7?
+a I can add and subtract up to 20 and multiply up to 10. Try: What is 12 + 7?
 @bigmath 1
 q What is 123456 * 987? | What is the square root of 144? | What is 10 / 2? | What is 5 factorial? | Solve x + 3 = 7.
 q What is 1000 divided by 8? | What is pi? | What is 2 to the power of 10? | Integrate x squared.
 q What is 7 divided by 3?
-a I only add and subtract numbers below 100 and multiply up to 12.
+a I only add and subtract up to 20 and multiply up to 10.
 """
 
 TALK_ZH = """
@@ -205,7 +205,7 @@ q 天空是什么颜色？ | 天是什么颜色的？
 a 晴天的时候，天空是蓝色的。
 @math 1
 q 你会数学吗？ | 你会算数吗？ | 你能计算吗？ | 你会加法吗？
-a 我会 100 以内的加减法和 12 以内的乘法。试试：12 加 7 等于多少？
+a 我会 20 以内的加减法和 10 以内的乘法。试试：12 加 7 等于多少？
 """
 
 OPPOSITES = (

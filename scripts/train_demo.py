@@ -17,13 +17,14 @@ import base64
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HfTokenizer
 from torch import Tensor, nn
@@ -31,9 +32,10 @@ from torch.nn.utils import parametrize
 
 import demo_corpus
 from glm4run.chat_format import Message, encode_chat
-from glm4run.config import QuantScheme, parse_config
+from glm4run.config import parse_config
 from glm4run.dialects import DIALECTS
 from glm4run.model import Glm4Model
+from glm4run.quant_config import QuantScheme
 from glm4run.tokenizer import SPLIT_PATTERN, Tokenizer, load_tokenizer
 from glm4run_quantize.methods.rtn import quantize_rtn
 
@@ -68,15 +70,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=40.0, help="training time; the schedule fits itself to it")
     parser.add_argument("--steps", type=int, help="a fixed number of steps instead, for a run that repeats exactly")
+    parser.add_argument("--continue-from", type=Path, help="start from the weights and tokenizer of an earlier OUT_DIR")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    write_tokenizer(args.out)
+    if args.continue_from is None:
+        write_tokenizer(args.out)
+    else:
+        shutil.copyfile(args.continue_from / "tokenizer.model", args.out / "tokenizer.model")
     tokenizer = load_tokenizer(args.out)
     write_configs(args.out, tokenizer)
+    shutil.copyfile(Path(__file__).with_name("demo_chat_template.jinja"), args.out / "chat_template.jinja")
     config = parse_config(json.loads((args.out / "config.json").read_text()))
     model = Glm4Model(config)
     initialize_(model)
+    if args.continue_from is not None:
+        model.load_state_dict(load_file(args.continue_from / "model.safetensors"))
     print(f"{config.num_parameters:,} parameters, {tokenizer.vocab_size} tokens", flush=True)
     train(model, tokenizer, args.minutes * 60, args.steps)
     save(model, args.out)
@@ -120,7 +129,7 @@ def write_configs(out: Path, tokenizer: Tokenizer) -> None:
     vocab = -(-tokenizer.vocab_size // 64) * 64  # padded, like the family's 151552
     ids = {"eos_token_id": stops, "pad_token_id": stops[0]}
     (out / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": vocab, **ids}, indent=2) + "\n")
-    generation = {**ids, "do_sample": True, "temperature": 0.2, "top_p": 0.8}
+    generation = {**ids, "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 

@@ -200,3 +200,12 @@ def write_tokenizer(folder: Path) -> None:
     """A `tokenizer.model` as the original layout has it: every byte, a few merges; the 14 specials follow by rule."""
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(RANKS)]
     (folder / "tokenizer.model").write_text("".join(lines), encoding="ascii")
+
+
+def write_packed(folder: Path, layout: Layout = "glm", *, source: Mapping[str, Any] = {}, **options: Any) -> Path:
+    """What `quantize` makes of `write_checkpoint(..., layout, **source)`."""
+    from glm4run_quantize import quantize_checkpoint
+
+    unpacked = write_checkpoint(folder.with_name(f"{folder.name}-source"), layout, **source)
+    quantize_checkpoint(unpacked, folder, **options)
+    return folder

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from glm4run.checkpoint.safetensors_index import Problem, TensorEntry
-from glm4run.config import ModelConfig, QuantScheme
+from glm4run.config import ModelConfig
 from glm4run.qformat import GROUP_SIZES, packed_tensor_shapes
+from glm4run.quant_config import QuantScheme
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 ORIGINAL_PREFIX = "transformer."
@@ -54,7 +55,7 @@ class Source:
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Module name to weight shape [N, K] of every linear, lm_head included, in the order of the model."""
+    """Module name to weight shape [N, K] of every linear with a weight of its own, in the order of the model."""
     shapes = {}
     hidden, ffn = config.hidden_size, config.intermediate_size
     query, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -66,7 +67,8 @@ def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         shapes[layer + "self_attn.o_proj"] = (hidden, query)
         shapes[layer + "mlp.gate_up_proj"] = (2 * ffn, hidden)
         shapes[layer + "mlp.down_proj"] = (hidden, ffn)
-    shapes["lm_head"] = (config.vocab_size, hidden)
+    if not config.tie_word_embeddings:
+        shapes["lm_head"] = (config.vocab_size, hidden)
     return shapes
 
 
@@ -83,8 +85,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.attention_bias and module.endswith(("q_proj", "k_proj", "v_proj")):
             shapes[f"{module}.bias"] = (out_features,)
     shapes["model.norm.weight"] = (config.hidden_size,)
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
     return shapes
 
 
@@ -107,6 +107,8 @@ def quantized_linears(config: ModelConfig) -> dict[str, QuantScheme]:
     if config.quantization is None:
         return {}
     schemes = {module: config.quantization.scheme_for(module) for module in linear_shapes(config)}
+    if config.tie_word_embeddings:
+        schemes["lm_head"] = None  # it is the embedding
     return {module: scheme for module, scheme in schemes.items() if scheme is not None}
 
 

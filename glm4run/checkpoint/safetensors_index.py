@@ -94,7 +94,10 @@ def scan_folder(folder: Path) -> tuple[dict[str, TensorEntry], list[Problem]]:
 
 
 def _scan_sharded(folder: Path, index: Path) -> tuple[dict[str, TensorEntry], list[Problem]]:
-    weight_map = read_json(index).get("weight_map")
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except CheckpointError as error:
+        return {}, [Problem(error.message, error.hint or "download the index again", index.name)]
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         return {}, [Problem("no weight_map of tensor names to files", "download the index again", index.name)]
     entries: dict[str, TensorEntry] = {}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
 
 from glm4run import __version__
 from glm4run.cli import chat, check, generate, info, quantize, tokenize
@@ -19,10 +18,11 @@ from glm4run.cli.console import talk
 from glm4run.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Glm4RunError
 
 DEBUG_FLAG = "--debug"
+# Newer versions of typer carry a click of their own and do not name these two: wrong usage, any parser error.
+_PARSER_USAGE_ERROR, _PARSER_ERROR = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
     name="glm4run",
-    cls=TyperGroup,
     help="Run the GLM-4-9B chat models on your own machine, quantized, in the terminal.",
     no_args_is_help=True,
     add_completion=True,
@@ -65,23 +65,27 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             raise
         _print_error(error.message, error.hint)
         return error.exit_code
-    except click.exceptions.UsageError as error:
-        command = error.ctx.command_path if error.ctx is not None else "glm4run"
-        _print_error(error.format_message(), f"`{command} --help` shows the options")
-        return EXIT_USAGE
-    except click.exceptions.ClickException as error:
-        _print_error(error.format_message(), None)
-        return EXIT_ERROR
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left; nothing to say to it
         return EXIT_ERROR
     except Exception as error:
+        if isinstance(error, _PARSER_ERROR):
+            return _print_parser_error(error)
         if debug:
             raise
         _print_error(f"{type(error).__name__}: {error}", "this is a defect of glm4run; run again with --debug")
         return EXIT_ERROR
+
+
+def _print_parser_error(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    command = "glm4run" if context is None else context.command_path
+    message = error.format_message()
+    if message:  # empty where the help has been shown because nothing was asked for
+        _print_error(message, f"`{command} --help` shows the options")
+    return EXIT_USAGE if isinstance(error, _PARSER_USAGE_ERROR) else EXIT_ERROR
 
 
 def _print_error(message: str, hint: str | None) -> None:

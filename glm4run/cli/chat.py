@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glm4run.cli import options
-from glm4run.cli.console import note, stderr_console, talk, token_progress, write_text
+from glm4run.cli.console import note, read_stdin_line, stderr_console, talk, token_progress, write_text
 from glm4run.errors import DoesNotFitError, GenerationError
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def _line_reader() -> Callable[[], str]:
 
 
 def _read_piped_line() -> str:
-    line = sys.stdin.readline()
+    line = read_stdin_line()
     if not line:
         raise EOFError
-    return line.rstrip("\n")
+    return line
 
 
 def _converse(session: Session, read_line: Callable[[], str]) -> None:
@@ -128,7 +128,7 @@ def _converse(session: Session, read_line: Callable[[], str]) -> None:
 
 def _answer(session: Session, text: str) -> None:
     """Streams one answer. Whatever ends it, the conversation goes on."""
-    from glm4run.generate import Timings
+    from glm4run.steps import Timings
 
     timings = Timings()
     reason: str | None = None

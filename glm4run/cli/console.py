@@ -52,7 +52,15 @@ def write_text(text: str) -> None:
 
 def read_stdin() -> str:
     """All of stdin as UTF-8. Raises UsageError where it is not."""
-    raw = sys.stdin.buffer.read()
+    return _decode(sys.stdin.buffer.read())
+
+
+def read_stdin_line() -> str:
+    """The next line of stdin with its end, "" at the end of the input. Raises UsageError where it is not UTF-8."""
+    return _decode(sys.stdin.buffer.readline())
+
+
+def _decode(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -87,17 +95,27 @@ def byte_progress(what: str) -> Iterator[Any]:
 
 @contextmanager
 def token_progress(what: str) -> Iterator[Any]:
-    """A bar over the tokens of a long prompt, on a terminal only; gives the callback (tokens done, tokens in all)."""
+    """A bar over the tokens of a long prompt, on a terminal only; gives the callback (tokens done, tokens in all).
+
+    The bar is there only between the callback's first call and its last: a live display that is still running while
+    an answer streams would move the cursor between its words.
+    """
     console = stderr_console()
     if not console.is_terminal:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None, visible=False)
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    task = progress.add_task(what, total=None)
 
-        def update(done: int, total: int) -> None:
-            # A prompt of one chunk is over before a bar could be read.
-            progress.update(task, completed=done, total=total, visible=done < total)
+    def update(done: int, total: int) -> None:
+        if done < total:
+            progress.start()
+        progress.update(task, completed=done, total=total)
+        if done >= total:
+            progress.stop()
 
+    try:
         yield update
+    finally:
+        progress.stop()

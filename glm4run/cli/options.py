@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from glm4run.cards import load_cards
 from glm4run.cli.console import byte_progress, note, talk
 from glm4run.config import read_config
 from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, UsageError
-from glm4run.memory import GIB, parse_size
+from glm4run.memory import parse_size
 from glm4run.model_folders import FoundModel, chat_dialect, find_model
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     weights = next(term.bytes for term in loaded.plan.terms if term.name == "weights")
     note(
-        f"{found.name}: {weights / GIB:.2f} GiB of weights, backend {loaded.backend} ({loaded.backend_reason}), "
+        f"{found.name}: {decimal(weights)} of weights, backend {loaded.backend} ({loaded.backend_reason}), "
         f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
     )
     for notice in loaded.notices:

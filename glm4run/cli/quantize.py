@@ -51,6 +51,7 @@ def quantize(
 
 
 def _print_report(report: QuantizeReport) -> None:
+    from rich.filesize import decimal
     from rich.table import Table
 
     from glm4run_quantize.report import sqnr_db
@@ -61,6 +62,6 @@ def _print_report(report: QuantizeReport) -> None:
         table.add_row(kind, first.scheme.describe(), f"{first.bits_per_weight:.3f}", f"{sqnr_db(tensors):.1f}")
     stderr_console().print(table)
     talk(
-        f"{report.output}: {report.total_bytes / 1e9:.2f} GB, {report.bits_per_weight:.3f} bits per packed weight, "
+        f"{report.output}: {decimal(report.total_bytes)}, {report.bits_per_weight:.3f} bits per packed weight, "
         f"{report.seconds:.1f} s"
     )

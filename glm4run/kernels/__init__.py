@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from glm4run.config import QuantScheme
 from glm4run.errors import BackendError, UsageError
 from glm4run.qformat import PackedWeight
+from glm4run.quant_config import QuantScheme
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import torch
 from glm4run import __version__
 from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
 from glm4run.checkpoint.reader import CheckpointReader
-from glm4run.config import ModelConfig, QuantScheme, parse_config, read_json
+from glm4run.config import ModelConfig, parse_config, read_json
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
-from glm4run.qformat import PACKED, SCALE, SHAPE, pack, packed_tensor_shapes
+from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes
+from glm4run.quant_config import QuantScheme
 from glm4run_quantize.folder_files import hf_config, write_text_files
 from glm4run_quantize.methods.rtn import quantize_rtn
 from glm4run_quantize.recipes import Recipe, choose_recipe
@@ -30,7 +31,7 @@ from glm4run_quantize.writer import FolderWriter, TensorSpec, replacing_folder, 
 
 FORMAT_VERSION = 1
 METHODS = ("rtn",)
-BLOCK_BYTES = 64 << 20  # of source weights at once
+BLOCK_BYTES = 4 << 20  # of source weights at once; temporaries take some fifteen times as much
 DISK_MARGIN_BYTES = 64 << 20
 
 Progress = Callable[[int, int], None]  # source bytes done, source bytes in all
@@ -66,8 +67,7 @@ def quantize_checkpoint(
     config = parse_config(raw, where=str(source / "config.json"))
     if config.quantization is not None:
         raise CheckpointError(f"{source} is packed already", hint="quantize the unpacked model")
-    if output.resolve() == source.resolve():
-        raise UsageError("the output is the source folder", hint="choose another -o")
+    _require_replaceable(output, source)
     recipe, notices = choose_recipe(config, bits, group_size=group_size, head_bits=head_bits)
     with CheckpointReader(source, config) as reader, replacing_folder(output, overwrite=overwrite) as working:
         job = _Job(reader, config, recipe, progress)
@@ -96,6 +96,16 @@ def quantize_checkpoint(
                 hint="free some space, or choose another -o",
             ) from error
     return report
+
+
+def _require_replaceable(output: Path, source: Path) -> None:
+    """Raises UsageError where replacing `output` would take more with it than an older model."""
+    if output.resolve() == source.resolve():
+        raise UsageError("the output is the source folder", hint="choose another -o")
+    if output.resolve() in source.resolve().parents:
+        raise UsageError(f"{output} holds the source folder", hint="choose another -o")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise UsageError(f"{output} exists and is no model folder", hint="choose another -o")
 
 
 class _Job:
@@ -168,16 +178,19 @@ class _Job:
     def _write_packed(self, writer: FolderWriter, module: str, scheme: QuantScheme) -> TensorReport:
         name = f"{module}.weight"
         out_features, in_features = self.shapes[module]
-        scales, signal, noise = [], 0.0, 0.0
+        scale_dtype = self.reader.read_rows(name, 0, 0).dtype
+        # Allocated once: small results kept between large temporaries would scatter the heap.
+        scales = torch.empty(out_features, num_groups(in_features, scheme), dtype=scale_dtype)
+        signal, noise = 0.0, 0.0
         for first, last in self._blocks(name):
             weight = self._read(name, first, last).float()
-            q, scale = quantize_rtn(weight, scheme, self.reader.read_rows(name, 0, 0).dtype)
+            q, scale = quantize_rtn(weight, scheme, scale_dtype)
             writer.add(f"{module}.{PACKED}", pack(q, scheme.bits))
-            scales.append(scale)
+            scales[first:last] = scale
             restored = (q.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
             signal += float(weight.square().sum(dtype=torch.float64))
             noise += float((weight - restored).square_().sum(dtype=torch.float64))
-        writer.add(f"{module}.{SCALE}", torch.cat(scales))
+        writer.add(f"{module}.{SCALE}", scales)
         writer.add(f"{module}.{SHAPE}", torch.tensor([out_features, in_features], dtype=torch.int64))
         return TensorReport(module, scheme, out_features, in_features, signal, noise)
 

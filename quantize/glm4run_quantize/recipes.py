@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glm4run.checkpoint.layouts import linear_shapes
-from glm4run.config import ModelConfig, QuantScheme
+from glm4run.config import ModelConfig
 from glm4run.errors import UsageError
 from glm4run.qformat import GROUP_SIZES
+from glm4run.quant_config import QuantScheme
 
 HEAD = "lm_head"
 DEFAULT_GROUP_SIZE = 128
@@ -85,9 +86,11 @@ def choose_recipe(
         raise UsageError(f"{bits} bits were asked for", hint="4 or 8")
     if head_bits not in (8, 16):
         raise UsageError(f"{head_bits} bits were asked for lm_head", hint="8 or 16 (dense)")
+    if config.tie_word_embeddings:
+        head_bits = 16  # the head is the embedding, which stays dense
     widths = {module: in_features for module, (_, in_features) in linear_shapes(config).items()}
     if head_bits == 16:
-        del widths[HEAD]
+        widths.pop(HEAD, None)
     if group_size is not None:
         _require_divides(group_size, widths)
     kinds = _kinds(widths)
@@ -100,13 +103,13 @@ def choose_recipe(
         chosen[kind] = _largest_dividing(in_features, wanted[kind], kind)
         if chosen[kind] != wanted[kind]:
             notices.append(f"{kind}: group size {chosen[kind]}, as {wanted[kind]} does not divide {in_features}")
-    return _as_recipe(bits, group_size, head_bits, chosen), notices
+    return _as_recipe(bits, group_size, chosen), notices
 
 
-def _as_recipe(bits: int, group_size: int | None, head_bits: int, chosen: Mapping[str, int]) -> Recipe:
+def _as_recipe(bits: int, group_size: int | None, chosen: Mapping[str, int]) -> Recipe:
     common = chosen["o_proj"]
     rules = []
-    if head_bits == 8:
+    if HEAD in chosen:
         rules.append(Rule(HEAD, QuantScheme(8, chosen[HEAD])))
     for kind in ("qkv", "gate_up_proj", "down_proj"):
         if chosen[kind] != common:
@@ -115,7 +118,8 @@ def _as_recipe(bits: int, group_size: int | None, head_bits: int, chosen: Mappin
             rules.append(Rule(pattern, QuantScheme(bits, chosen[kind])))
     rules.append(Rule("Linear", QuantScheme(bits, common)))
     name = f"int{bits}" if group_size is None else f"int{bits}-g{group_size}"
-    return Recipe(name if head_bits == 8 else f"{name}-head16", tuple(rules), () if head_bits == 8 else (HEAD,))
+    packed_head = HEAD in chosen
+    return Recipe(name if packed_head else f"{name}-head16", tuple(rules), () if packed_head else (HEAD,))
 
 
 def _kinds(widths: Mapping[str, int]) -> dict[str, int]:

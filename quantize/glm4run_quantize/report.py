@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4run.config import QuantScheme
+from glm4run.quant_config import QuantScheme
 
 SCALE_BITS = 16
 

@@ -147,12 +147,12 @@ def replacing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         UsageError: `target` exists and `overwrite` is not set, or is no folder.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)  # first: it may bring back what must not be replaced unasked
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} exists and is no folder", hint="choose another output folder")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"{target} exists already", hint="add --overwrite to replace it, or choose another -o")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     working = target.parent / f".{target.name}.partial-{os.getpid()}"
     working.mkdir()
     try:
@@ -189,7 +189,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """Removes the working folders of runs that were killed; one whose process lives is left alone."""
-    for path in target.parent.glob(f".{target.name}.*-*"):
+    for path in list(target.parent.iterdir()):
         match = re.fullmatch(rf"\.{re.escape(target.name)}\.(partial|old)-(\d+)", path.name)
         if match is None or _is_alive(int(match[2])):
             continue

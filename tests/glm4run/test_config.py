@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from glm4run.config import ModelConfig, QuantScheme, RopeScaling, parse_config, read_config, read_json
+from glm4run.config import ModelConfig, RopeScaling, parse_config, read_config, read_json
 from glm4run.errors import CheckpointError, DoesNotFitError, Glm4RunError, UsageError
+from glm4run.quant_config import QuantScheme
 
 Raw = dict[str, Any]
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from glm4run import qformat
-from glm4run.config import ModelConfig, QuantScheme, parse_config
+from glm4run.config import ModelConfig, parse_config
 from glm4run.kernels import LinearSpec, load_backend
 from glm4run.kv_cache import KVCache
 from glm4run.layers import QuantizedLinear
 from glm4run.model import Attention, Glm4Model
+from glm4run.quant_config import QuantScheme
 
 CPU = torch.device("cpu")
 

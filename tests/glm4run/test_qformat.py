@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm4run.config import QuantScheme
 from glm4run.qformat import (
     PackedWeight,
     dequantize,
@@ -23,6 +22,7 @@ from glm4run.qformat import (
     unpack_unsigned,
     unpack_zero_points,
 )
+from glm4run.quant_config import QuantScheme
 
 each_bits = pytest.mark.parametrize("bits", [4, 8])
 

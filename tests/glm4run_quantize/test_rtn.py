@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm4run.config import QuantScheme
 from glm4run.qformat import PackedWeight, dequantize, pack
+from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.rtn import quantize_rtn
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

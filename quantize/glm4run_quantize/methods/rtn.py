@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm4run.config import QuantScheme
+from glm4run.quant_config import QuantScheme
 
 
 def quantize_rtn(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -18,6 +18,7 @@ def quantize_rtn(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) 
     The scale is rounded to its stored dtype before the weights are divided by it, so that what is written is what
     was optimized. An all-zero group gets scale 1.
     """
+    assert scheme.symmetric  # recipes ask for nothing else
     half_steps = (1 << scheme.bits) / 2 - 0.5
     group_size = scheme.group_size or weight.shape[-1]
     grouped = weight.float().unflatten(-1, (-1, group_size))  # [N, G, g]

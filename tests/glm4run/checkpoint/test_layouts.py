@@ -11,7 +11,7 @@ import torch
 
 from glm4run.checkpoint.layouts import expected_tensors, linear_shapes, locate, parameter_shapes, quantized_linears
 from glm4run.checkpoint.safetensors_index import TensorEntry
-from glm4run.config import ModelConfig, parse_config, read_config
+from glm4run.config import ModelConfig, parse_config
 from glm4run.model import Glm4Model
 from tests.builders import LAYOUTS, Layout, hf_weights, in_layout, raw_config
 
@@ -103,7 +103,9 @@ def test_each_wrong_shape_is_named(layout: Layout) -> None:
 
 def test_unexpected_tensors_are_named_but_rotary_buffers_are_not() -> None:
     config, entries = tiny_entries("glm")
-    more = entries_of({"model.layers.0.self_attn.rotary_emb.inv_freq": (8,), "model.layers.2.mlp.down_proj.weight": (1,)})
+    more = entries_of(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,), "model.layers.2.mlp.down_proj.weight": (1,)}
+    )
     _, problems = locate(config, entries | more)
     assert [(p.tensor, p.what) for p in problems] == [("model.layers.2.mlp.down_proj.weight", "not part of this model")]
 

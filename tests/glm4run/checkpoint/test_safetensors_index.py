@@ -93,7 +93,9 @@ def test_truncated_file_is_named_wherever_it_is_cut(tmp_path: Path, cut: int) ->
 
 @given(position=st.integers(0, 200), value=st.integers(0, 255))
 @settings(max_examples=150)
-def test_a_damaged_byte_never_crashes_the_scan(tmp_path_factory: pytest.TempPathFactory, position: int, value: int) -> None:
+def test_a_damaged_byte_never_crashes_the_scan(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int
+) -> None:
     folder = tmp_path_factory.mktemp("damaged")
     path = folder / "model.safetensors"
     save_file(TENSORS, path)
@@ -143,7 +145,7 @@ def test_index_that_points_outside_is_refused_unread(tmp_path: Path, target: str
     assert any("outside" in problem.what for problem in problems)
 
 
-@pytest.mark.parametrize("target", ["..", ".", "", "\0", "nowhere.safetensors"])
+@pytest.mark.parametrize("target", ["..", "", "\0", "nowhere.safetensors"])
 def test_index_that_points_at_no_file_is_named(tmp_path: Path, target: str) -> None:
     folder = write_checkpoint(tmp_path / "model", shards=2)
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -183,7 +185,7 @@ def test_shard_with_no_tensor_of_the_index_is_named(tmp_path: Path) -> None:
     assert {p.tensor for p in problems} == {"a", "c"}
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 5}}], ids=repr)
+@pytest.mark.parametrize("index", [{}, [], "x", {"weight_map": []}, {"weight_map": {"a": 5}}], ids=repr)
 def test_index_without_a_map_is_named(tmp_path: Path, index: Any) -> None:
     write_shards(tmp_path, TENSORS, 2)
     (tmp_path / INDEX).write_text(json.dumps(index))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from glm4run import kernels
-from glm4run.config import QuantScheme
 from glm4run.errors import BackendError, UsageError
 from glm4run.kernels import BACKEND_NAMES, Backend, LinearSpec, Prepacked, load_backend, select_backend
 from glm4run.kernels.reference import ReferenceBackend, ReferenceWeight
 from glm4run.kernels.torch_ops import Int4PackedWeight, TiledWeight, TorchBackend
 from glm4run.layers import QuantizedLinear
 from glm4run.qformat import PackedWeight, num_groups, pack, pack_zero_points
+from glm4run.quant_config import QuantScheme
 
 CPU = torch.device("cpu")
 BATCHES = (1, 2, 7, 16, 33)
