@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glm4run import memory
 from glm4run.cards import Card, match_card
 from glm4run.checkpoint.layouts import linear_shapes, quantized_linears
-from glm4run.checkpoint.reader import CheckpointReader
+from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.config import ModelConfig, read_config
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import Backend, LinearSpec, select_backend
@@ -25,7 +25,6 @@ from glm4run.layers import QuantizedLinear
 from glm4run.memory import MemoryPlan
 from glm4run.model import Glm4Model
 from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT, PackedWeight
-from glm4run.quant_config import QuantScheme
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LONG_CONTEXT, LONG_CONTEXT_THETA = 65536, 1e6
@@ -63,9 +62,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
     """What to compute in.
 
-    `auto`: bf16 where it is fast. A CPU without bf16 instructions multiplies dense bf16 matrices a hundred times
-    slower than float32, so dense models then run in float32 if they fit; packed ones stay in bf16, which their
-    kernels convert from.
+    `auto`: bf16 where it is fast. A CPU without bf16 instructions multiplies dense bf16 matrices many times slower
+    than float32, so dense models then run in float32 if they fit; packed ones stay in bf16, which torch's int4
+    kernel wants.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -102,14 +101,18 @@ def load_weights(
     config, notices = adapt_config(config, card, context_len=context_len, rope_theta=rope_theta, yarn=yarn)
     target = choose_device(device)
     compute = choose_dtype(dtype, target, config)
-    schemes = quantized_linears(config)
-    chosen, reason = _choose_backend(backend, config, schemes, target, compute)
+    shapes = linear_shapes(config)
+    specs = {
+        module: LinearSpec(*shapes[module], scheme, target, input_dtype(module, compute))
+        for module, scheme in quantized_linears(config).items()
+    }
+    chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
-        weight_bytes = planned_weight_bytes(reader, compute)
+        weight_bytes = planned_weight_bytes(reader, specs, chosen, compute)
         plan = choose_context(config, weight_bytes, target, compute, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute)
-        _Loader(reader, model, target, compute, chosen, progress).run(schemes)
+        _Loader(reader, model, target, compute, chosen, progress).run(specs)
     model.eval().requires_grad_(False)
     return LoadedWeights(model, plan, "dense" if chosen is None else chosen.name, reason, (*config.notices, *notices))
 
@@ -165,17 +168,22 @@ def choose_context(
     return memory.plan_run(config, weight_bytes, fitting, dtype_bytes=dtype.itemsize)
 
 
-def planned_weight_bytes(reader: CheckpointReader, dtype: torch.dtype) -> int:
-    """Bytes of the loaded weights: packed parts and the embedding as stored, linears in `dtype`, norms in float32."""
+def planned_weight_bytes(
+    reader: CheckpointReader, specs: dict[str, LinearSpec], backend: Backend | None, dtype: torch.dtype
+) -> int:
+    """Bytes of the loaded weights, exactly: packed linears as their backend keeps them, the rest by `_kept_dtype`."""
     total = 0
+    packed: dict[str, int] = dict.fromkeys(specs, 0)
     for name, source in reader.sources.items():
         module, _, suffix = name.rpartition(".")
-        if suffix == SHAPE:
-            continue
-        if suffix in (PACKED, SCALE, ZERO_POINT) or module == "model.embed_tokens":
-            total += source.nbytes
-        else:
-            total += source.nbytes // source.entry.nbytes_per_element * _kept_dtype(module, dtype).itemsize
+        if suffix in (PACKED, SCALE, ZERO_POINT):
+            packed[module] += source.nbytes
+        elif suffix != SHAPE:
+            stored = TORCH_DTYPES[source.entry.dtype]
+            total += source.nbytes // stored.itemsize * _kept_dtype(module, stored, dtype).itemsize
+    for module, nbytes in packed.items():
+        assert backend is not None  # something is packed, so there is one
+        total += backend.prepacked_bytes(specs[module], nbytes)
     return total
 
 
@@ -185,24 +193,22 @@ def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and joins_residual else dtype
 
 
-def _kept_dtype(module: str, dtype: torch.dtype) -> torch.dtype:
-    """Norm weights stay in float32, in which norms are computed; they are a few vectors."""
+def _kept_dtype(module: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The embedding stays as stored; norms are float32, in which they are computed; all else is in `dtype`."""
+    if module == "model.embed_tokens":
+        return stored
     return torch.float32 if module.endswith("norm") else dtype
 
 
-def _choose_backend(
-    name: str, config: ModelConfig, schemes: dict[str, QuantScheme], device: torch.device, dtype: torch.dtype
-) -> tuple[Backend | None, str]:
-    if not schemes:
+def _choose_backend(name: str, specs: dict[str, LinearSpec]) -> tuple[Backend | None, str]:
+    if not specs:
         if name != "auto":
             raise UsageError(
                 f"backend {name!r} was asked for, but this model is not packed",
                 hint="run `glm4run quantize` on it first",
             )
         return None, "nothing is packed"
-    shapes = linear_shapes(config)
-    specs = (LinearSpec(*shapes[m], scheme, device, input_dtype(m, dtype)) for m, scheme in schemes.items())
-    return select_backend(name, specs)
+    return select_backend(name, specs.values())
 
 
 class _Loader:
@@ -222,12 +228,12 @@ class _Loader:
         self.total = sum(source.nbytes for source in reader.sources.values())
         self.done = 0
 
-    def run(self, schemes: dict[str, QuantScheme]) -> None:
-        for module, scheme in schemes.items():
-            self._put_packed(module, scheme)
+    def run(self, specs: dict[str, LinearSpec]) -> None:
+        for module, spec in specs.items():
+            self._put_packed(module, spec)
         for name in self.reader.sources:
             module = name.rpartition(".")[0]
-            if module not in schemes:
+            if module not in specs:
                 self._put_dense(name)
         if self.model.config.tie_word_embeddings:
             shared = self.model.model.embed_tokens.weight.to(self.dtype)
@@ -251,8 +257,8 @@ class _Loader:
             )
         return tensor
 
-    def _put_packed(self, module: str, scheme: QuantScheme) -> None:
-        out_features, in_features = linear_shapes(self.model.config)[module]
+    def _put_packed(self, module: str, spec: LinearSpec) -> None:
+        out_features, in_features, scheme = spec.out_features, spec.in_features, spec.scheme
         shape = self._read(f"{module}.{SHAPE}").tolist()
         if shape != [out_features, in_features]:
             raise CheckpointError(
@@ -269,7 +275,6 @@ class _Loader:
             scheme=scheme,
         )
         assert self.backend is not None
-        spec = LinearSpec(out_features, in_features, scheme, self.device, input_dtype(module, self.dtype))
         prepacked = self.backend.prepack(weight, spec)
         bias_name = f"{module}.bias"
         bias = None
@@ -281,6 +286,5 @@ class _Loader:
         module, _, parameter = name.rpartition(".")
         vector = len(self.reader.sources[name].shape) == 1
         tensor = self._read_finite(name) if vector else self._read(name)
-        if module != "model.embed_tokens":
-            tensor = tensor.to(_kept_dtype(module, self.dtype))
+        tensor = tensor.to(_kept_dtype(module, tensor.dtype, self.dtype))
         setattr(self.model.get_submodule(module), parameter, nn.Parameter(tensor.to(self.device), requires_grad=False))

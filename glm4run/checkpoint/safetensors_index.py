@@ -31,10 +31,6 @@ class TensorEntry:
     offset: int
     nbytes: int
 
-    @property
-    def nbytes_per_element(self) -> int:
-        return DTYPE_BYTES[self.dtype]
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -164,12 +160,3 @@ def _parse_entry(name: str, item: Any, path: Path, data_start: int) -> TensorEnt
     except (KeyError, TypeError, ValueError) as error:
         return f"an unreadable header entry ({error!r})"
     return TensorEntry(name, path, dtype, shape, data_start + begin, nbytes)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of one safetensors file, {} if it has none."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-    metadata = header.get("__metadata__", {})
-    return metadata if isinstance(metadata, dict) else {}

@@ -80,6 +80,7 @@ def generate(
     if input_file is not None and output_file is not None:
         return _run_batch(loaded, params, input_file, output_file, chat=chat, system=system)
     assert text is not None
+    _say_how_prompts_are_taken(loaded, chat=chat)
     return _run_one(loaded, params, _as_prompt(loaded, text, chat=chat, system=system), as_json=as_json)
 
 
@@ -100,14 +101,20 @@ def _as_prompt(loaded: LoadedModel, text: str, *, chat: bool | None, system: str
     if chat is False:
         if system is not None:
             raise UsageError("--system needs a chat", hint="leave out --raw")
-        note("raw: no chat format and no [gMASK]<sop> prefix")
         return loaded.tokenizer.encode(text)
     if chat is None and loaded.dialect is None:
         if system is not None:
             raise UsageError(f"--system needs a chat model, and {loaded.name} has no chat format")
-        note("no chat template: continuing the text behind the [gMASK]<sop> prefix")
         return text
     return [*([] if system is None else [Message("system", system)]), Message("user", text)]
+
+
+def _say_how_prompts_are_taken(loaded: LoadedModel, *, chat: bool | None) -> None:
+    """Whatever is not the usual chat is said aloud."""
+    if chat is False:
+        note("raw: no chat format and no [gMASK]<sop> prefix")
+    elif loaded.dialect is None:
+        note("no chat template: continuing the text behind the [gMASK]<sop> prefix")
 
 
 def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_json: bool) -> int:
@@ -146,6 +153,8 @@ def _run_batch(
     from glm4run.batch import read_requests, run_batch
 
     requests = read_requests(source)
+    if any(request.prompt is not None for request in requests):
+        _say_how_prompts_are_taken(loaded, chat=chat)
     done = 0
     for done, total, answer in run_batch(
         loaded,

@@ -50,6 +50,10 @@ class Backend(Protocol):
         """None if this backend can run `spec` on this machine, else the reason in one clause."""
         ...
 
+    def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
+        """What `prepack` will keep of a weight whose packed values, scales and zero points take `stored_bytes`."""
+        ...
+
     def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Prepacked:
         """Arranges a weight for `linear`. May keep the tensors of `weight`, or drop them."""
         ...

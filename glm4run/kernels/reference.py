@@ -31,6 +31,9 @@ class ReferenceBackend:
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         return None
 
+    def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
+        return stored_bytes
+
     def prepack(self, weight: PackedWeight, spec: LinearSpec) -> ReferenceWeight:
         return ReferenceWeight(weight, spec)
 

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm4run.kernels import LinearSpec, Prepacked
-from glm4run.qformat import PackedWeight, dequantize, unpack_unsigned, unpack_zero_points
+from glm4run.qformat import PackedWeight, dequantize, num_groups, unpack_unsigned, unpack_zero_points
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES = 2 << 20  # of float32: half of it and the packed bytes stay in a core's L2
 CUDA_TILE_BYTES = 64 << 20
 CUDA_INNER_K_TILES = 8
+CPU_CONVERT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class TorchBackend:
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         return None if spec.device.type in ("cpu", "cuda") else f"it has no kernels for {spec.device.type}"
 
+    def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
+        if not _int4_kernel_runs(spec):
+            return stored_bytes
+        scale_and_zero = 2 * torch.bfloat16.itemsize * spec.out_features * num_groups(spec.in_features, spec.scheme)
+        return spec.out_features * spec.in_features // 2 + scale_and_zero
+
     def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Int4PackedWeight | TiledWeight:
         if _int4_kernel_runs(spec):
             return _prepack_int4(weight, spec)
@@ -85,13 +92,13 @@ def _int4_kernel_runs(spec: LinearSpec) -> bool:
 
 
 def _prepack_int4(weight: PackedWeight, spec: LinearSpec) -> Int4PackedWeight:
-    unsigned = unpack_unsigned(weight.packed, 4, spec.in_features)  # [N, K], u = q + 8
     if spec.device.type == "cuda":
+        unsigned = unpack_unsigned(weight.packed, 4, spec.in_features)  # [N, K], u = q + 8
         # The CUDA converter takes two values a byte, the even k in the high nibble.
         pairs = (unsigned[:, 0::2] << 4) | unsigned[:, 1::2]
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, CUDA_INNER_K_TILES)
     else:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.to(torch.int32), 1)
+        packed = _convert_for_cpu(weight, spec)
     scale = weight.scale.float()
     zero = torch.zeros_like(scale)
     if weight.zero_point is not None:
@@ -100,6 +107,20 @@ def _prepack_int4(weight: PackedWeight, spec: LinearSpec) -> Int4PackedWeight:
     group_size = spec.scheme.group_size
     assert group_size is not None
     return Int4PackedWeight(packed, scale_and_zero, group_size, spec)
+
+
+def _convert_for_cpu(weight: PackedWeight, spec: LinearSpec) -> Tensor:
+    """torch's CPU arrangement, uint8 [N, K/2], made a block of rows at a time.
+
+    The converter wants one int32 a value, eight times the packed size. It arranges blocks of 16, 32 or 64 rows (by
+    instruction set) one after the other, so that converting multiples of 64 rows apart gives the same bytes.
+    """
+    packed = torch.empty(spec.out_features, spec.in_features // 2, dtype=torch.uint8)
+    for first in range(0, spec.out_features, CPU_CONVERT_ROWS):
+        rows = slice(first, first + CPU_CONVERT_ROWS)
+        unsigned = unpack_unsigned(weight.packed[rows], 4, spec.in_features).to(torch.int32)
+        packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+    return packed
 
 
 def _linear_tiled(x: Tensor, tiled: TiledWeight) -> Tensor:

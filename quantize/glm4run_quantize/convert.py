@@ -1,6 +1,6 @@
 """A checkpoint in any layout to a packed folder: read rows, quantize, pack, write, row block by row block.
 
-Peak memory is a few blocks, never a model and not even its largest tensor.
+Peak memory is a few tens of megabytes above the libraries, whatever the size of the model or of its largest tensor.
 """
 
 from __future__ import annotations

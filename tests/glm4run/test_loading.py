@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from glm4run import load_model, memory
-from glm4run.cards import load_cards
+from glm4run.cards import demo_folder, load_cards
 from glm4run.config import ModelConfig, RopeScaling, parse_config, read_config
 from glm4run.errors import BackendError, CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import reference
@@ -362,3 +362,13 @@ def test_long_context_with_a_small_base_is_said() -> None:
         load_cards()["glm-4-9b-chat"].config, None, context_len=None, rope_theta=None, yarn="auto"
     )
     assert notices == []
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", "bf16"), ("torch", "fp32"), ("reference", "fp32")])
+def test_planned_weight_bytes_are_those_of_the_loaded_tensors(backend: str, dtype: str) -> None:
+    loaded = load_weights(demo_folder(), backend=backend, dtype=dtype)
+    held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    held += sum(m.prepacked.nbytes for m in loaded.model.modules() if isinstance(m, QuantizedLinear))
+    planned = next(term for term in loaded.plan.terms if term.name == "weights")
+    assert planned.kind == "exact"
+    assert planned.bytes == held

@@ -257,6 +257,9 @@ class FakeBackend:
         self.asked.append(spec)
         return self.reason if spec.out_features == 32 else None
 
+    def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
+        return stored_bytes
+
     def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Prepacked:
         raise NotImplementedError
 
@@ -324,3 +327,15 @@ def test_equal_linears_are_asked_about_once(monkeypatch: pytest.MonkeyPatch) -> 
     install(monkeypatch, only)
     select_backend("auto", iter([spec_of(), spec_of(), spec_of(64), spec_of()]))
     assert only.asked == [spec_of(), spec_of(64)]
+
+
+@pytest.mark.parametrize("out_features", [16, 240, 256, 272, 1040])
+def test_converting_rows_in_blocks_gives_the_bytes_of_one_conversion(out_features: int) -> None:
+    scheme = QuantScheme(4, 32)
+    generator = torch.Generator().manual_seed(out_features)
+    q = torch.randint(-8, 8, (out_features, 64), dtype=torch.int8, generator=generator)
+    weight = PackedWeight(pack(q, 4), torch.ones(out_features, 2), None, out_features, 64, scheme)
+    prepacked = TorchBackend().prepack(weight, LinearSpec(out_features, 64, scheme, CPU, torch.bfloat16))
+    assert isinstance(prepacked, Int4PackedWeight)
+    whole = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32) + 8, 1)
+    assert torch.equal(prepacked.packed, whole)
