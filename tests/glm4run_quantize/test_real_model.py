@@ -105,3 +105,14 @@ def test_int8_keeps_the_perplexity(make: Make, text: str, dense_perplexity: floa
     packed = load(tmp_path / "packed")
     assert packed.backend == "torch"
     assert perplexity(packed, text) == pytest.approx(dense_perplexity, rel=0.01)
+
+
+def test_bf16_keeps_the_perplexity(make: Make, text: str) -> None:
+    """Over 256 tokens only: a CPU without bf16 instructions takes minutes for all 8192."""
+    found = {}
+    for dtype in ("fp32", "bf16"):
+        model = load_model(make("glm"), dtype=dtype, context_len=WINDOW)
+        ids = model.tokenizer.encode(text[:4000])[:257]
+        logits = model.logits(ids[:-1])
+        found[dtype] = math.exp(float(F.cross_entropy(logits, torch.tensor(ids[1:]))))
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.01)
