@@ -16,8 +16,11 @@ from glm4run.errors import UsageError
 
 
 def stderr_console() -> Console:
-    """A console on stderr. Made anew each time: tests and redirections replace the stream."""
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    """A console on stderr. Made anew each time: tests and redirections replace the stream.
+
+    A terminal wraps at words; a pipe or a log gets each message as one line.
+    """
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
 
 
 def talk(message: str, *, style: str = "", only: str = "") -> None:
