@@ -29,7 +29,6 @@ from glm4run_quantize.writer import FolderWriter, TensorSpec, replacing_folder, 
 
 POOL_BYTES = 64 << 20
 WEIGHT_STD = 0.02
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def synthesize(
         if recipe is None:
             del data["quantization_config"]
         write_json(working / "config.json", data)
-        for name in {*COPIED, *TOKENIZER_FILES}:
+        for name in (*COPIED, "tokenizer_config.json"):
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, working / name)
     return sum(spec.nbytes for spec in specs)

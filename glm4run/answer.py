@@ -8,7 +8,7 @@ from typing import Any
 
 from glm4run.chat_format import Message, ToolCall
 from glm4run.errors import GenerationError
-from glm4run.generate import LoadedModel
+from glm4run.generate import LoadedModel, is_conversation
 from glm4run.sampling import SamplingParams
 from glm4run.steps import Timings
 
@@ -66,7 +66,8 @@ def collect(
     """
     ids = model.encode_prompt(prompt)
     answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids))
-    steps = model.stream(prompt, params, timings=answer.timings, on_prefill=on_prefill)
+    chat = is_conversation(prompt)
+    steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill)
     try:
         for step in steps:
             answer.text += step.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ class LoadedModel:
     notices: tuple[str, ...]
     load_s: float
     device: torch.device
+
+    @cached_property
+    def ordinary_tokens(self) -> Tensor:
+        """bool [V]: the ids that are text. Neither padding rows nor control tokens."""
+        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        text = set(self.tokenizer.usable_ids()) - self.tokenizer.special_ids
+        mask[[i for i in text if i < self.config.vocab_size]] = True
+        return mask
 
     def new_context(self) -> Context:
         """An empty conversation of the planned length."""
@@ -115,7 +124,7 @@ class LoadedModel:
         ids = self.encode_prompt(prompt, tools)
         self._check_prompt(ids)
         if chat is None:
-            chat = not isinstance(prompt, str) and any(isinstance(item, Message) for item in prompt)
+            chat = is_conversation(prompt)
         run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
         return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill)
 
@@ -135,6 +144,11 @@ class LoadedModel:
 
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(list(ids), dtype=torch.long, device=self.device)
+
+
+def is_conversation(prompt: str | Sequence[Message] | Sequence[int]) -> bool:
+    """Whether a prompt is messages, which an answer follows, and not text or ids to continue."""
+    return not isinstance(prompt, str) and any(isinstance(item, Message) for item in prompt)
 
 
 class _Generation:
@@ -177,15 +191,12 @@ class _Generation:
     def _allowed(self, *, calls: bool) -> Tensor:
         """The ids that may come: every real token; of the control tokens only the stops, and between calls the role."""
         owner = self.owner
-        allowed = torch.zeros(owner.config.vocab_size, dtype=torch.bool)
-        usable = [i for i in owner.tokenizer.usable_ids() if i < owner.config.vocab_size]
-        allowed[usable] = True
+        allowed = owner.ordinary_tokens.clone()
         kept = set(owner.stop_ids)
         role = owner.tokenizer.special_id("<|assistant|>")
         if calls and role is not None:
             kept.add(role)
-        forbidden = [i for i in owner.tokenizer.special_ids if i not in kept and i < owner.config.vocab_size]
-        allowed[forbidden] = False
+        allowed[[i for i in kept if i < len(allowed) and owner.tokenizer.is_usable(i)]] = True
         return allowed
 
     def _limit(self, generated: list[int]) -> FinishReason | None:

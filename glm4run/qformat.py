@@ -137,17 +137,25 @@ def unpack_zero_points(packed: Tensor, bits: int, out_features: int) -> Tensor:
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
     """(q - zp) * scale as a dense [rows, K]; computed in float32, returned in `dtype` (float32 when None)."""
-    import torch
 
     scheme = weight.scheme
-    values = unpack(weight.packed[rows], scheme.bits, weight.in_features).to(torch.float32)
-    scale = weight.scale[rows].to(torch.float32)
-    grouped = values.unflatten(-1, (scale.shape[-1], -1))  # [rows, G, g]
+    values = unpack(weight.packed[rows], scheme.bits, weight.in_features)
+    zero_points = None
     if weight.zero_point is not None:
         zero_points = _zero_points_of_rows(weight, weight.zero_point, rows)
-        grouped = grouped - zero_points.to(torch.float32).unsqueeze(-1)
-    dense: Tensor = (grouped * scale.unsqueeze(-1)).flatten(-2)
+    dense = scale_groups(values, weight.scale[rows], zero_points)
     return dense if dtype is None else dense.to(dtype)
+
+
+def scale_groups(values: Tensor, scale: Tensor, zero_points: Tensor | None = None) -> Tensor:
+    """(q - zp) * scale in float32: values int8 [N, K], scale [N, G], zero points int8 [N, G] or None; gives [N, K]."""
+    import torch
+
+    grouped = values.to(torch.float32).unflatten(-1, (scale.shape[-1], -1))  # [N, G, g]
+    if zero_points is not None:
+        grouped = grouped - zero_points.to(torch.float32).unsqueeze(-1)
+    dense: Tensor = (grouped * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
+    return dense
 
 
 def _zero_points_of_rows(weight: PackedWeight, packed: Tensor, rows: slice) -> Tensor:

@@ -301,13 +301,13 @@ def _bytes_by_id(core: CoreTokenizer, added: Mapping[int, str]) -> dict[int, byt
     return table
 
 
-def _byte_alphabet() -> dict[int, int]:
+def byte_alphabet() -> dict[int, int]:
     """Byte -> the code point that stands for it in a byte-level vocabulary. Source: `bytes_to_unicode` of GPT-2."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = count(0x100)
     return {byte: byte if byte in printable else next(spare) for byte in range(256)}
 
 
-_BYTE_TO_CHAR = _byte_alphabet()
+_BYTE_TO_CHAR = byte_alphabet()
 # Unused low code points map out of Latin-1, so that encoding them fails instead of passing for a byte.
 _CHAR_TO_BYTE = dict.fromkeys(range(256), 0xFFFF) | {code: byte for byte, code in _BYTE_TO_CHAR.items()}

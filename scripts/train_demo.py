@@ -35,8 +35,9 @@ from glm4run.chat_format import Message, encode_chat
 from glm4run.config import parse_config
 from glm4run.dialects import DIALECTS
 from glm4run.model import Glm4Model
+from glm4run.qformat import scale_groups
 from glm4run.quant_config import QuantScheme
-from glm4run.tokenizer import SPLIT_PATTERN, Tokenizer, load_tokenizer
+from glm4run.tokenizer import SPLIT_PATTERN, Tokenizer, byte_alphabet, load_tokenizer
 from glm4run_quantize.methods.rtn import quantize_rtn
 
 RANKS = 2800
@@ -107,20 +108,12 @@ def write_tokenizer(out: Path) -> None:
     conversations = [next(stream) for _ in range(TOKENIZER_CONVERSATIONS)]
     trained.train_from_iterator((text for turns in conversations for _, text in turns), trainer)
     pieces = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    to_byte = {piece: byte for byte, piece in byte_level_alphabet().items()}
+    to_byte = {chr(code): byte for byte, code in byte_alphabet().items()}
     lines = []
     for piece, rank in pieces:
         raw = bytes(to_byte[character] for character in piece)
         lines.append(f"{base64.b64encode(raw).decode()} {rank}\n")
     (out / "tokenizer.model").write_text("".join(lines))
-
-
-def byte_level_alphabet() -> dict[int, str]:
-    """Byte to the printable character that byte-level BPE writes for it. Source: GPT-2's published encoder."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    table = {byte: chr(byte) for byte in printable}
-    others = [byte for byte in range(256) if byte not in table]
-    return table | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def write_configs(out: Path, tokenizer: Tokenizer) -> None:
@@ -196,7 +189,7 @@ class FakeQuantize(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             q, scale = quantize_rtn(weight, self.scheme, torch.bfloat16)
-            rounded = (q.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
+            rounded = scale_groups(q, scale)
         straight_through: Tensor = weight + (rounded - weight).detach()
         return straight_through
 

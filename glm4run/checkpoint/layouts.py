@@ -107,8 +107,6 @@ def quantized_linears(config: ModelConfig) -> dict[str, QuantScheme]:
     if config.quantization is None:
         return {}
     schemes = {module: config.quantization.scheme_for(module) for module in linear_shapes(config)}
-    if config.tie_word_embeddings:
-        schemes["lm_head"] = None  # it is the embedding
     return {module: scheme for module, scheme in schemes.items() if scheme is not None}
 
 

@@ -14,7 +14,7 @@ import typer
 
 from glm4run import __version__
 from glm4run.cli import chat, check, generate, info, quantize, tokenize
-from glm4run.cli.console import talk
+from glm4run.cli.console import say_error
 from glm4run.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Glm4RunError
 
 DEBUG_FLAG = "--debug"
@@ -63,7 +63,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except Glm4RunError as error:
         if debug:
             raise
-        _print_error(error.message, error.hint)
+        say_error(error.message, error.hint)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
@@ -75,7 +75,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             return _print_parser_error(error)
         if debug:
             raise
-        _print_error(f"{type(error).__name__}: {error}", "this is a defect of glm4run; run again with --debug")
+        say_error(f"{type(error).__name__}: {error}", "this is a defect of glm4run; run again with --debug")
         return EXIT_ERROR
 
 
@@ -84,11 +84,5 @@ def _print_parser_error(error: Any) -> int:
     command = "glm4run" if context is None else context.command_path
     message = error.format_message()
     if message:  # empty where the help has been shown because nothing was asked for
-        _print_error(message, f"`{command} --help` shows the options")
+        say_error(message, f"`{command} --help` shows the options")
     return EXIT_USAGE if isinstance(error, _PARSER_USAGE_ERROR) else EXIT_ERROR
-
-
-def _print_error(message: str, hint: str | None) -> None:
-    talk(f"error: {message}", style="bold red", only="error:")
-    if hint:
-        talk(f"hint: {hint}", style="cyan", only="hint:")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glm4run.cli import options
-from glm4run.cli.console import note, read_stdin_line, stderr_console, talk, token_progress, write_text
+from glm4run.cli.console import note, read_stdin_line, say_error, stderr_console, talk, token_progress, write_text
 from glm4run.errors import DoesNotFitError, GenerationError
 
 if TYPE_CHECKING:
@@ -142,8 +142,7 @@ def _answer(session: Session, text: str) -> None:
     except KeyboardInterrupt:
         reason = "interrupted"
     except DoesNotFitError as error:
-        talk(f"error: {error.message}", style="bold red", only="error:")
-        talk(f"hint: {error.hint}", style="cyan", only="hint:")
+        say_error(error.message, error.hint)
         return
     except GenerationError as error:
         talk(f"\nerror: {error.message}", style="bold red", only="\nerror:")

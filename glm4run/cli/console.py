@@ -32,6 +32,13 @@ def talk(message: str, *, style: str = "", only: str = "") -> None:
     stderr_console().print(text)
 
 
+def say_error(message: str, hint: str | None) -> None:
+    """What went wrong, and what to do about it."""
+    talk(f"error: {message}", style="bold red", only="error:")
+    if hint:
+        talk(f"hint: {hint}", style="cyan", only="hint:")
+
+
 def note(message: str) -> None:
     """Something worth knowing that needs no action."""
     talk(message, style="dim")

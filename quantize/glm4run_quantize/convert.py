@@ -18,10 +18,10 @@ import torch
 
 from glm4run import __version__
 from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
-from glm4run.checkpoint.reader import CheckpointReader
+from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.config import ModelConfig, parse_config, read_json
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
-from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes
+from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.folder_files import hf_config, write_text_files
 from glm4run_quantize.methods.rtn import quantize_rtn
@@ -178,7 +178,7 @@ class _Job:
     def _write_packed(self, writer: FolderWriter, module: str, scheme: QuantScheme) -> TensorReport:
         name = f"{module}.weight"
         out_features, in_features = self.shapes[module]
-        scale_dtype = self.reader.read_rows(name, 0, 0).dtype
+        scale_dtype = TORCH_DTYPES[self.reader.sources[name].entry.dtype]
         # Allocated once: small results kept between large temporaries would scatter the heap.
         scales = torch.empty(out_features, num_groups(in_features, scheme), dtype=scale_dtype)
         signal, noise = 0.0, 0.0
@@ -187,7 +187,7 @@ class _Job:
             q, scale = quantize_rtn(weight, scheme, scale_dtype)
             writer.add(f"{module}.{PACKED}", pack(q, scheme.bits))
             scales[first:last] = scale
-            restored = (q.unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)).flatten(-2)
+            restored = scale_groups(q, scale)
             signal += float(weight.square().sum(dtype=torch.float64))
             noise += float((weight - restored).square_().sum(dtype=torch.float64))
         writer.add(f"{module}.{SCALE}", scales)

@@ -86,11 +86,9 @@ def choose_recipe(
         raise UsageError(f"{bits} bits were asked for", hint="4 or 8")
     if head_bits not in (8, 16):
         raise UsageError(f"{head_bits} bits were asked for lm_head", hint="8 or 16 (dense)")
-    if config.tie_word_embeddings:
-        head_bits = 16  # the head is the embedding, which stays dense
     widths = {module: in_features for module, (_, in_features) in linear_shapes(config).items()}
     if head_bits == 16:
-        widths.pop(HEAD, None)
+        widths.pop(HEAD, None)  # a tied head is the embedding, and has no width of its own
     if group_size is not None:
         _require_divides(group_size, widths)
     kinds = _kinds(widths)
