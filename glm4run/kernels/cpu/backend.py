@@ -133,9 +133,7 @@ def _go_together(weights: Sequence[Prepacked]) -> bool:
     """Whether the weights read the same activations in the same form (`activation_group` in src/layout.h)."""
     native_weights = [weight for weight in weights if isinstance(weight, NativeWeight)]
     assert len(native_weights) == len(weights)
-    kinds = {
-        (w.struct.activations, w.spec.in_features, w.spec.scheme.group_size, w.spec.scheme.bits) for w in native_weights
-    }
+    kinds = {(w.struct.activations, w.spec.in_features, w.spec.scheme) for w in native_weights}
     return len(kinds) == 1 and len(weights) <= MAX_TOGETHER
 
 

@@ -12,17 +12,20 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from glm4run.kernels import Activations, load_backend
+from glm4run.errors import CheckpointError
+from glm4run.kernels import Activations, FileRange, load_backend
 from glm4run.kernels.cpu import backend as native_backend
 from glm4run.kernels.cpu.backend import NativeBackend, NativeWeight
 from glm4run.kernels.cpu.library import native
-from glm4run.qformat import num_groups, unpack, unpack_zero_points
+from glm4run.qformat import PackedWeight, num_groups, unpack, unpack_zero_points
 from glm4run.quant_config import QuantScheme
 from tests.native_library import ISAS, each_isa, needs_library, prepacked, product, running, same_bits, spec_for
 from tests.packed_cases import Case, case_of, inputs_with_outliers, make_case
@@ -425,10 +428,12 @@ def assert_together_as_alone(x: Tensor, parts: list[tuple[NativeWeight, Tensor |
 @each_isa
 def test_query_key_and_value_are_one_piece_of_work(isa: str, activations: Activations, counted: CountedCalls) -> None:
     """4096 to 4096 and twice 256 in the family; here an eighth, and widths that end in the middle of a panel."""
-    schemes = [QuantScheme(4, 128, symmetric) for symmetric in (True, False, True)]
-    for widths in ((512, 32, 32), (33, 1, 17)):
+    for (bits, symmetric), widths in itertools.product(
+        ((4, True), (4, False), (8, True)), ((512, 32, 32), (33, 1, 17))
+    ):
         scales = (torch.bfloat16, torch.float32, torch.float16)
-        cases = [make_case(N, 512, s, t, seed=N) for N, s, t in zip(widths, schemes, scales, strict=True)]
+        scheme = QuantScheme(bits, 128, symmetric)
+        cases = [make_case(N, 512, scheme, scale, seed=N) for N, scale in zip(widths, scales, strict=True)]
         biases = [torch.linspace(-1, 1, widths[0]), None, torch.linspace(5, 6, widths[2])]
         x = inputs_with_outliers(9, 512, torch.float32)
         with running(isa):
@@ -446,11 +451,12 @@ def test_query_key_and_value_are_one_piece_of_work(isa: str, activations: Activa
         [(QuantScheme(4, 32), "int8")],
         [(QuantScheme(4, None), "int8")],
         [(QuantScheme(8, 64), "int8")],
+        [(QuantScheme(4, 64, symmetric=False), "int8")],
         [(QuantScheme(4, 64), "bf16")],
         [(QuantScheme(4, 64), "int16")],
         [(QuantScheme(4, 64), "int8")] * 3,
     ],
-    ids=["group", "row", "bits", "exact", "int16", "four"],
+    ids=["group", "row", "bits", "asymmetric", "exact", "int16", "four"],
 )
 def test_weights_that_do_not_go_together_still_work(others: list[tuple[QuantScheme, Activations]]) -> None:
     parts: list[tuple[NativeWeight, Tensor | None]] = []
@@ -616,6 +622,57 @@ def test_a_weight_whose_tensors_are_views_is_read_right() -> None:
         object.__setattr__(weight, name, view)
     x, expected = prepare(inputs_with_outliers(3, 64, torch.float32), case, "bf16")
     assert_close(product(x, prepacked(case, "bf16")), expected)
+
+
+@dataclass(frozen=True)
+class WeightInFile:
+    """A weight whose values lie somewhere in a file, and of which only scales and zero points are in memory."""
+
+    weight: PackedWeight
+    place: FileRange
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.weight.scale.dtype
+
+    def whole(self) -> PackedWeight:
+        raise AssertionError("read into memory")
+
+    def side_tensors(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight.scale, self.weight.zero_point
+
+    def location(self) -> FileRange:
+        return self.place
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("N", "K", "group_size"), [(1, 64, 32), (33, 128, 64), (50, 77, None), (200, 256, 128)])
+@each_bits
+def test_a_weight_is_laid_out_straight_from_its_file(
+    bits: int, N: int, K: int, group_size: int | None, threads: int, tmp_path: Path
+) -> None:
+    case = make_case(N, K, QuantScheme(bits, group_size, symmetric=False), torch.bfloat16)
+    values = case.weight.packed.numpy().tobytes()
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * 37 + values + b"x" * 5)
+    expected = panels(case)
+    native().g4_set_threads(threads)
+    with path.open("rb") as file:
+        source = WeightInFile(case.weight, FileRange(file.fileno(), 37, path.name))
+        weight = NativeBackend().prepack(source, spec_for(case, "int8"))
+    assert ctypes.string_at(weight.struct.data, weight.nbytes) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_file_that_ends_early_is_an_error(threads: int, tmp_path: Path) -> None:
+    case = make_case(100, 64, QuantScheme(4, 32), torch.bfloat16)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(case.weight.packed.numpy().tobytes()[:-1])
+    native().g4_set_threads(threads)
+    with path.open("rb") as file:
+        source = WeightInFile(case.weight, FileRange(file.fileno(), 0, path.name))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read to its end"):
+            NativeBackend().prepack(source, spec_for(case, "int8"))
 
 
 def test_a_product_too_large_for_memory_is_an_error_and_the_next_one_works() -> None:

@@ -8,7 +8,9 @@
 
 #include "pool.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(G4_X86)
+#include <cpuid.h>
+#elif defined(G4_ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -16,23 +18,26 @@ namespace {
 
 bool always() { return true; }
 
-#if defined(__x86_64__)
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(G4_X86)
+// Two features that not every compiler knows by name.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;
 }
-[[maybe_unused]] bool has_avx_vnni() {
-    unsigned a = 7, b = 0, c = 1, d = 0;
-    if (!has_avx2()) return false;
-    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return (a >> 4 & 1) != 0; // leaf 7, subleaf 1, EAX bit 4; unsupported subleaves read 0
+[[maybe_unused]] bool has_vnni_of_avx() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
 }
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+[[maybe_unused]] bool has_avx_vnni() { return has_avx2() && has_vnni_of_avx(); }
 [[maybe_unused]] bool has_avx512_vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
 #endif
-#if defined(__aarch64__)
+#if defined(G4_ARM)
 bool has_dotprod() {
 #if defined(__linux__)
     return (getauxval(AT_HWCAP) >> 20 & 1) != 0; // HWCAP_ASIMDDP
@@ -49,16 +54,16 @@ struct Entry {
 
 // Best first.
 const Entry ENTRIES[] = {
-#if defined(__x86_64__) && defined(G4_EMULATE)
+#if defined(G4_X86) && defined(G4_EMULATE)
     {&KERNELS_AVX512_VNNI, has_avx2}, // over emulated instructions, for tests
     {&KERNELS_AVX_VNNI, has_avx2},
     {&KERNELS_AVX2, has_avx2},
-#elif defined(__x86_64__)
+#elif defined(G4_X86)
     {&KERNELS_AVX512_VNNI, has_avx512_vnni},
     {&KERNELS_AVX_VNNI, has_avx_vnni},
     {&KERNELS_AVX2, has_avx2},
 #endif
-#if defined(__aarch64__)
+#if defined(G4_ARM)
     {&KERNELS_NEON_DOTPROD, has_dotprod},
 #endif
     {&KERNELS_SCALAR, always},

@@ -4,13 +4,15 @@
 #include "layout.h"
 
 // Activations [M, K], quantized in groups of `group` columns: x = scale * q, group by group so that a group of all
-// tokens is one piece of memory. q int8 or int16 [G][M][group], scale float [G][M], sum int32 [G][M] (of q).
+// tokens is one piece of memory. q int8 or int16 [G][M][group], scale float [G][M], sum int32 [G][M]: of q, times
+// `sum_factor`. Sums of products start from it, so that the zero point of a symmetric weight costs nothing.
 struct QuantizedRows {
     void* q;
     float* scale;
     int32_t* sum;
     int64_t tokens, columns, group; // columns as in x; padded with zeros to whole groups
     int32_t bits;                   // 8 or 16
+    int32_t sum_factor;             // symmetric weights: minus what their values lie above the true ones; else -1
 
     const int8_t* bytes(int64_t at) const { return static_cast<const int8_t*>(q) + at * group; }
     const int16_t* words(int64_t at) const { return static_cast<const int16_t*>(q) + at * group; }
@@ -47,6 +49,7 @@ constexpr int64_t ATTENTION_LANES = 16; // query heads computed together
 
 struct Kernels {
     const char* name;
+    int32_t q8_offset; // what int8 values lie above the true ones in a product with int8 activations
     // Rows first..last of x into `out`; `x` has `out.columns` columns.
     void (*quantize)(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out);
     // One panel: out float [M][16]. The first streams the panel once for few tokens; the second works on it in blocks.
@@ -65,12 +68,19 @@ struct Kernels {
     uint64_t (*read)(const uint8_t* memory, int64_t bytes, int64_t ahead);
 };
 
+// Which instruction sets are built in. G4_PORTABLE leaves all but the portable path out (tests).
+#if defined(__x86_64__) && !defined(G4_PORTABLE)
+#define G4_X86 1
+#elif defined(__aarch64__) && !defined(G4_PORTABLE)
+#define G4_ARM 1
+#endif
+
 extern const Kernels KERNELS_SCALAR;
-#if defined(__x86_64__)
+#if defined(G4_X86)
 extern const Kernels KERNELS_AVX2;
 extern const Kernels KERNELS_AVX_VNNI;
 extern const Kernels KERNELS_AVX512_VNNI;
 #endif
-#if defined(__aarch64__)
+#if defined(G4_ARM)
 extern const Kernels KERNELS_NEON_DOTPROD;
 #endif

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "half.h"
 #include "kernels.h"
 
 namespace {
@@ -56,19 +57,12 @@ inline uint16_t to_bf16(float x) {
     return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-inline uint16_t to_fp16(float x) {
-    const _Float16 half = _Float16(x);
-    uint16_t bits;
-    memcpy(&bits, &half, 2);
-    return bits;
-}
-
 void from_float(const float* in, int32_t dtype, int64_t count, void* out) {
     uint16_t* p = static_cast<uint16_t*>(out);
     if (dtype == G4_BF16) {
         for (int64_t i = 0; i < count; i++) p[i] = to_bf16(in[i]);
     } else if (dtype == G4_FP16) {
-        for (int64_t i = 0; i < count; i++) p[i] = to_fp16(in[i]);
+        for (int64_t i = 0; i < count; i++) p[i] = float_to_half(in[i]);
     } else {
         memcpy(out, in, size_t(4 * count));
     }
@@ -100,7 +94,7 @@ inline float exp_of(float x) {
 inline int32_t nearest(float x) { return int32_t(bits_of(x + ROUND_MAGIC)) - ROUND_MAGIC_BITS; }
 
 template <typename Q>
-void quantize_group(const float* x, int64_t count, float limit, Q* q, float* scale, int32_t* sum) {
+void quantize_group(const float* x, int64_t count, float limit, int32_t factor, Q* q, float* scale, int32_t* sum) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < count; i++) {
         const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
@@ -121,7 +115,7 @@ void quantize_group(const float* x, int64_t count, float limit, Q* q, float* sca
             total += value;
         }
     }
-    *sum = total;
+    *sum = total * factor;
 }
 
 void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out) {
@@ -135,10 +129,10 @@ void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& o
             for (int64_t i = count; i < out.group; i++) wide[i] = 0.0f;
             if (out.bits == 8) {
                 int8_t* q = static_cast<int8_t*>(out.q) + at * out.group;
-                quantize_group(wide, out.group, 127.0f, q, out.scale + at, out.sum + at);
+                quantize_group(wide, out.group, 127.0f, out.sum_factor, q, out.scale + at, out.sum + at);
             } else {
                 int16_t* q = static_cast<int16_t*>(out.q) + at * out.group;
-                quantize_group(wide, out.group, 32767.0f, q, out.scale + at, out.sum + at);
+                quantize_group(wide, out.group, 32767.0f, out.sum_factor, q, out.scale + at, out.sum + at);
             }
         }
     }
@@ -178,20 +172,25 @@ struct GroupScale {
     }
 };
 
-// out[t] += scale * x.scale[t] * (sums[t] - zero point * x.sum[t])
+// What the sums of products start from: minus zero point times the sum of x.
 template <int T>
-inline void add_scaled(const GroupScale& group, int32_t offset, const QuantizedRows& x, int64_t at, Int (&sums)[T],
-                       float* out) {
+inline void start_sums(const GroupScale& group, const QuantizedRows& x, int64_t at, Int (&sums)[T]) {
     for (int t = 0; t < T; t++) {
-        const Int correction = group.symmetric ? Isa::int_set1(offset * x.sum[at + t])
-                                               : Isa::int_mul(group.zero_point, Isa::int_set1(x.sum[at + t]));
-        const Float dot = Isa::to_float(Isa::int_sub(sums[t], correction));
-        const Float both = Isa::mul(group.scale, Isa::set1(x.scale[at + t]));
-        Isa::store(out + t * LANES, Isa::fma(both, dot, Isa::load(out + t * LANES)));
+        const Int sum = Isa::int_set1(x.sum[at + t]);
+        sums[t] = group.symmetric ? sum : Isa::int_mul(group.zero_point, sum);
     }
 }
 
-// The three products of integers. Each sums (value + offset) * x over one group, for T tokens.
+// out[t] += scale * x.scale[t] * sums[t]
+template <int T>
+inline void add_scaled(const GroupScale& group, const QuantizedRows& x, int64_t at, Int (&sums)[T], float* out) {
+    for (int t = 0; t < T; t++) {
+        const Float both = Isa::mul(group.scale, Isa::set1(x.scale[at + t]));
+        Isa::store(out + t * LANES, Isa::fma(both, Isa::to_float(sums[t]), Isa::load(out + t * LANES)));
+    }
+}
+
+// The three products of integers. Each adds (value + offset) * x over one group to T tokens' sums.
 enum Form { INT4_INT8, INT8_INT8, INT8_INT16 };
 
 template <Form FORM, int T>
@@ -212,9 +211,11 @@ void decode_tokens(const Panel& p, const QuantizedRows& x, int64_t token, float*
         for (int64_t i = 0; i < each; i++, g++, w += bytes) {
             if constexpr (Isa::PREFETCH_BYTES != 0)
                 for (int64_t ahead = 0; ahead < bytes; ahead += 64) Isa::prefetch(w + ahead + Isa::PREFETCH_BYTES);
+            const int64_t at = g * x.tokens + token;
             Int sums[T];
-            dot<FORM, T>(w, x, g * x.tokens + token, sums);
-            add_scaled<T>(scale, p.offset, x, g * x.tokens + token, sums, out);
+            start_sums<T>(scale, x, at, sums);
+            dot<FORM, T>(w, x, at, sums);
+            add_scaled<T>(scale, x, at, sums, out);
         }
     }
 }
@@ -230,15 +231,15 @@ void decode_panel_form(const Panel& p, const QuantizedRows& x, float* out) {
 
 // A group of a block's tokens: `w` is the group as the panel holds it, or its int4 values unpacked to bytes.
 template <Form FORM, int T>
-inline void gemm_tile(const GroupScale& scale, int32_t offset, const uint8_t* w, const QuantizedRows& x, int64_t at,
-                      float* out) {
+inline void gemm_tile(const GroupScale& scale, const uint8_t* w, const QuantizedRows& x, int64_t at, float* out) {
     Int sums[T];
+    start_sums<T>(scale, x, at, sums);
     if constexpr (FORM == INT4_INT8) {
         Isa::template gemm_u4<T>(w, x.bytes(at), x.group, x.group, sums);
     } else {
         dot<FORM, T>(w, x, at, sums);
     }
-    add_scaled<T>(scale, offset, x, at, sums, out);
+    add_scaled<T>(scale, x, at, sums, out);
 }
 
 // Blocks of tokens, in them group by group: a group of the weight is unpacked once a block and met by all its tokens.
@@ -261,8 +262,8 @@ void gemm_panel_form(const Panel& p, const QuantizedRows& x, float* out) {
                 }
                 int64_t t = block;
                 for (; t + T <= end; t += T)
-                    gemm_tile<FORM, T>(scale, p.offset, w, x, g * x.tokens + t, out + t * LANES);
-                for (; t < end; t++) gemm_tile<FORM, 1>(scale, p.offset, w, x, g * x.tokens + t, out + t * LANES);
+                    gemm_tile<FORM, T>(scale, w, x, g * x.tokens + t, out + t * LANES);
+                for (; t < end; t++) gemm_tile<FORM, 1>(scale, w, x, g * x.tokens + t, out + t * LANES);
             }
         }
     }
@@ -480,5 +481,5 @@ uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
 } // namespace
 
 #define G4_KERNELS(symbol, name)                                                                                       \
-    extern const Kernels symbol = {name,     quantize, decode_panel, gemm_panel, exact_panel,    to_float,             \
+    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panel, gemm_panel, exact_panel,    to_float,             \
                                    from_float, rms_norm, silu_mul,     attend,     attend_scratch, read_all};

@@ -73,7 +73,6 @@ void rope_piece(const void* context, int64_t index, Ticket&) {
 // job adds the stretches up.
 constexpr int64_t MIN_STRETCH = 256; // positions
 constexpr int64_t MAX_STRETCHES = 64;
-constexpr int64_t WANTED_PIECES = 32; // not by the number of threads: results and work memory must not depend on it
 
 struct AttentionContext {
     const Kernels* kernels;

@@ -132,6 +132,11 @@ void prepare_piece(const void* context, int64_t index, Ticket&) {
     }
 }
 
+int32_t sum_factor(const Kernels& kernels, const G4Weight& w) {
+    if (w.asymmetric) return -1;
+    return w.bits == 4 ? -8 : w.activations == 8 ? -kernels.q8_offset : 0;
+}
+
 int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
 
 struct PackContext {
@@ -258,7 +263,7 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
     for (int i = 0; i < count; i++) {
         const G4Weight& w = *outputs[i].weight;
         if (w.columns != first.columns || activation_group(w) != activation_group(first) ||
-            w.activations != first.activations)
+            w.activations != first.activations || w.bits != first.bits || w.asymmetric != first.asymmetric)
             return 1;
         c.outputs[i] = {w, outputs[i].bias, outputs[i].y, outputs[i].stride, c.panels};
         c.panels += panel_count(w);
@@ -278,7 +283,7 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
         uint8_t* q = static_cast<uint8_t*>(memory.need(size_t(values + 2 * each)));
         if (q == nullptr) return 1;
         c.quantized = {q,      reinterpret_cast<float*>(q + values), reinterpret_cast<int32_t*>(q + values + each),
-                       tokens, first.columns, group, first.activations};
+                       tokens, first.columns, group, first.activations, sum_factor(*c.kernels, first)};
         prepare.quantized = c.quantized;
     }
     prepare.piece_rows = tokens > 16 ? 8 : tokens;

@@ -92,13 +92,12 @@ struct Isa {
     // Makes the compiler add up now: left alone it first multiplies everything and runs out of registers.
     static inline void now(__m256i& sum) { asm volatile("" : "+x"(sum)); }
 
-    // Sums of u * x over `count` (a multiple of 32) columns of one panel of int4, for T tokens `stride` bytes apart.
+    // Adds to `sums` u * x over `count` (a multiple of 32) columns of one panel of int4, for T tokens `stride` bytes apart.
     // 16-bit sums hold 8 products of pairs: 8 * 2 * 15 * 127 < 2^15.
     template <int T>
     static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         const __m256i mask = _mm256_set1_epi8(15);
 #if defined(G4_AVX_VNNI)
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 8, w += 64) {
             for (int h = 0; h < 2; h++) {
                 const __m256i raw = _mm256_loadu_si256((const __m256i*)(w + 32 * h));
@@ -113,7 +112,6 @@ struct Isa {
         }
 #else
         const __m256i ones = _mm256_set1_epi16(1);
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t run = 0; run < count; run += 32, w += 256) {
             __m256i pairs[T][2];
 #pragma GCC unroll 4
@@ -145,10 +143,9 @@ struct Isa {
 #endif
     }
 
-    // The same for int8: sums of (q + Q8_OFFSET) * x.
+    // The same for int8: (q + Q8_OFFSET) * x.
     template <int T>
     static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
 #if defined(G4_AVX_VNNI)
         const __m256i flip = _mm256_set1_epi8(char(0x80));
 #else
@@ -174,7 +171,7 @@ struct Isa {
         }
     }
 
-    // Sums of q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
+    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
     // Eight rows at a time, two sums a row (columns 0, 1 and 2, 3 of each four), added up at the end.
     template <int T>
     static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
@@ -202,7 +199,8 @@ struct Isa {
                 }
             }
             for (int t = 0; t < T; t++) // rows 0 1 4 5 2 3 6 7, then in order
-                sums[t].v[h] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[t][0], pairs[t][1]), 0xD8);
+                sums[t].v[h] = _mm256_add_epi32(
+                    sums[t].v[h], _mm256_permute4x64_epi64(_mm256_hadd_epi32(pairs[t][0], pairs[t][1]), 0xD8));
         }
     }
 
@@ -219,11 +217,10 @@ struct Isa {
         }
     }
 
-    // Sums of u * x over `count` columns of unpacked int4 (u at most 15), for T tokens.
+    // Adds to `sums` u * x over `count` columns of unpacked int4 (u at most 15), for T tokens.
     template <int T>
     static inline void gemm_u4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
 #if defined(G4_AVX_VNNI)
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 4, w += 64) {
             const __m256i w0 = _mm256_load_si256((const __m256i*)w), w1 = _mm256_load_si256((const __m256i*)(w + 32));
             for (int t = 0; t < T; t++) {
@@ -234,7 +231,6 @@ struct Isa {
         }
 #else
         const __m256i ones = _mm256_set1_epi16(1);
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t run = 0; run < count; run += 32, w += 512) {
             __m256i pairs[T][2];
 #pragma GCC unroll 8

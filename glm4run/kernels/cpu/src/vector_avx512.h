@@ -53,7 +53,6 @@ struct Isa {
     template <int T>
     static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         const Int mask = _mm512_set1_epi8(15);
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 8, w += 64) {
             const Int raw = _mm512_loadu_si512(w);
             const Int low = _mm512_and_si512(raw, mask), high = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
@@ -68,14 +67,13 @@ struct Isa {
     template <int T>
     static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         const Int flip = _mm512_set1_epi8(char(0x80));
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 4, w += 64) {
             const Int u = _mm512_xor_si512(_mm512_loadu_si512(w), flip);
 #pragma GCC unroll 16
             for (int t = 0; t < T; t++) sums[t] = _mm512_dpbusd_epi32(sums[t], u, four_bytes(x + t * stride + k));
         }
     }
-    // Sums of q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
+    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
     template <int T>
     static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         Int pairs[T][2]; // eight rows each, two sums a row
@@ -95,8 +93,9 @@ struct Isa {
         const Int even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
         const Int odd = _mm512_add_epi32(even, int_set1(1));
         for (int t = 0; t < T; t++)
-            sums[t] = _mm512_add_epi32(_mm512_permutex2var_epi32(pairs[t][0], even, pairs[t][1]),
-                                       _mm512_permutex2var_epi32(pairs[t][0], odd, pairs[t][1]));
+            sums[t] = _mm512_add_epi32(
+                sums[t], _mm512_add_epi32(_mm512_permutex2var_epi32(pairs[t][0], even, pairs[t][1]),
+                                          _mm512_permutex2var_epi32(pairs[t][0], odd, pairs[t][1])));
     }
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
         const Int mask = _mm512_set1_epi8(15);
@@ -108,7 +107,6 @@ struct Isa {
     }
     template <int T>
     static inline void gemm_u4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 4, w += 64) {
             const Int u = _mm512_loadu_si512(w);
 #pragma GCC unroll 16

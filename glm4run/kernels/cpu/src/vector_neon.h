@@ -101,7 +101,6 @@ struct Isa {
     template <int T>
     static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         const uint8x16_t mask = vdupq_n_u8(15);
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 8, w += 64) {
             for (int i = 0; i < 4; i++) {
                 const uint8x16_t raw = vld1q_u8(w + 16 * i);
@@ -117,7 +116,6 @@ struct Isa {
     }
     template <int T>
     static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 4, w += 64)
             for (int i = 0; i < 4; i++) {
                 const int8x16_t q = bytes(w + 16 * i);
@@ -125,7 +123,7 @@ struct Isa {
                     sums[t].v[i] = vdotq_s32(sums[t].v[i], q, four_bytes(x + t * stride + k));
             }
     }
-    // Sums of q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
+    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
     template <int T>
     static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         for (int i = 0; i < 4; i++) { // four rows
@@ -144,7 +142,8 @@ struct Isa {
                 }
             }
             for (int t = 0; t < T; t++)
-                sums[t].v[i] = vpaddq_s32(vpaddq_s32(fours[t][0], fours[t][1]), vpaddq_s32(fours[t][2], fours[t][3]));
+                sums[t].v[i] = vaddq_s32(sums[t].v[i], vpaddq_s32(vpaddq_s32(fours[t][0], fours[t][1]),
+                                                                  vpaddq_s32(fours[t][2], fours[t][3])));
         }
     }
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {

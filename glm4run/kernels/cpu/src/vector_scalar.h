@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "abi.h"
+#include "half.h"
 
 namespace {
 
@@ -88,9 +89,7 @@ struct Isa {
                 const uint32_t bits = uint32_t(raw[i]) << 16;
                 __builtin_memcpy(&a.v[i], &bits, 4);
             } else {
-                _Float16 half;
-                __builtin_memcpy(&half, &raw[i], 2);
-                a.v[i] = float(half);
+                a.v[i] = half_to_float(raw[i]);
             }
         }
         return a;
@@ -99,7 +98,6 @@ struct Isa {
 
     template <int T>
     static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 8, w += 64)
             for (int t = 0; t < T; t++)
                 for (int r = 0; r < N; r++)
@@ -110,16 +108,14 @@ struct Isa {
     }
     template <int T>
     static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 4, w += 64)
             for (int t = 0; t < T; t++)
                 for (int r = 0; r < N; r++)
                     for (int j = 0; j < 4; j++) sums[t].v[r] += int8_t(w[4 * r + j]) * x[t * stride + k + j];
     }
-    // Sums of q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
+    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
     template <int T>
     static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t k = 0; k < count; k += 4, w += 64)
             for (int t = 0; t < T; t++)
                 for (int r = 0; r < N; r++)
