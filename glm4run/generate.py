@@ -19,7 +19,7 @@ from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, Progress, load_weights
-from glm4run.memory import PREFILL_CHUNK, MemoryPlan
+from glm4run.memory import MemoryPlan
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
@@ -71,8 +71,8 @@ class LoadedModel:
         self._check_prompt(ids)
         context = self.new_context()
         parts = [
-            self.model(self._tensor(ids[i : i + PREFILL_CHUNK]), context.cache, logits="all")
-            for i in range(0, len(ids), PREFILL_CHUNK)
+            self.model(self._tensor(ids[i : i + self.plan.chunk]), context.cache, logits="all")
+            for i in range(0, len(ids), self.plan.chunk)
         ]
         return torch.cat(parts)
 
@@ -214,10 +214,11 @@ class _Generation:
         new = self.context.reuse(prompt)
         started = time.perf_counter()
         logits: Tensor | None = None
-        if on_prefill is not None and len(new) > PREFILL_CHUNK:
+        size = self.owner.plan.chunk
+        if on_prefill is not None and len(new) > size:
             on_prefill(0, len(new))
-        for first in range(0, len(new), PREFILL_CHUNK):
-            chunk = new[first : first + PREFILL_CHUNK]
+        for first in range(0, len(new), size):
+            chunk = new[first : first + size]
             if first + len(chunk) < len(new):
                 self.owner.model.hidden_states(self.owner._tensor(chunk), self.context.cache)
             else:

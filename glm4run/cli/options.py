@@ -103,9 +103,9 @@ def require_chat(found: FoundModel) -> Dialect:
 
 def _announce(found: FoundModel, loaded: LoadedModel) -> None:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    weights = next(term.bytes for term in loaded.plan.terms if term.name == "weights")
     note(
-        f"{found.name}: {decimal(weights)} of weights, backend {loaded.backend} ({loaded.backend_reason}), "
+        f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "
+        f"backend {loaded.backend} ({loaded.backend_reason}), "
         f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
     )
     for notice in loaded.notices:
