@@ -26,6 +26,7 @@ class DeviceFullError(Exception):
 class _Block:
     size: int
     small: bool
+    address: int  # decides between free blocks of one size, as in the original
     free: bool = False
     before: _Block | None = None
     after: _Block | None = None
@@ -41,6 +42,7 @@ class CachingAllocator:
     peak_reserved: int = 0
     peak_allocated: int = 0
     retries: int = 0  # times that cached segments had to go back
+    _next_address: int = 0
     _blocks: dict[object, _Block] = field(default_factory=dict)
     _free: dict[bool, list[tuple[int, int, _Block]]] = field(default_factory=lambda: {True: [], False: []})
 
@@ -53,7 +55,7 @@ class CachingAllocator:
         block = self._take_free(size, small) or self._new_segment(size, small)
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:
-            rest = _Block(left, small, before=block, after=block.after)
+            rest = _Block(left, small, block.address + size, before=block, after=block.after)
             if block.after is not None:
                 block.after.before = rest
             block.after, block.size = rest, size
@@ -84,7 +86,7 @@ class CachingAllocator:
 
     def _take_free(self, size: int, small: bool) -> _Block | None:
         pool = self._free[small]
-        at = bisect.bisect_left(pool, (size, 0))
+        at = bisect.bisect_left(pool, (size, -1))
         return self._withdraw(pool[at][2]) if at < len(pool) else None
 
     def _new_segment(self, size: int, small: bool) -> _Block:
@@ -98,7 +100,8 @@ class CachingAllocator:
                 raise DeviceFullError(f"{segment} bytes more than {self.reserved} of {self.capacity}")
         self.reserved += segment
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return _Block(segment, small)
+        self._next_address += segment
+        return _Block(segment, small, self._next_address - segment)
 
     def _return_segments(self) -> None:
         self.retries += 1
@@ -110,11 +113,11 @@ class CachingAllocator:
 
     def _release(self, block: _Block) -> None:
         block.free = True
-        bisect.insort(self._free[block.small], (block.size, id(block), block))
+        bisect.insort(self._free[block.small], (block.size, block.address, block))
 
     def _withdraw(self, block: _Block) -> _Block:
         pool = self._free[block.small]
-        pool.pop(bisect.bisect_left(pool, (block.size, id(block))))
+        pool.pop(bisect.bisect_left(pool, (block.size, block.address)))
         block.free = False
         return block
 

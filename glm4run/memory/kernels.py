@@ -12,7 +12,7 @@ from glm4run.memory.sizes import MIB
 from glm4run.qformat import num_groups, packed_width
 from glm4run.quant_config import QuantScheme
 
-Kernel = Literal["dense", "int4", "tiled", "native", "reference"]
+Kernel = Literal["dense", "int4", "tiled", "native", "reference", "nf4"]  # nf4: estimated, not in this version
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES, CUDA_TILE_BYTES = 2 * MIB, 64 * MIB  # of float32, as kernels/torch_ops.py has them
 PANEL_ROWS, PANEL_COLUMNS = 16, 32  # of kernels/cpu/src/layout.h
@@ -46,10 +46,9 @@ def choose_kernel(linear: Linear, *, backend: str, device: str, dtype: str) -> K
     """The kernel that `backend` runs a linear with. `device` is cpu or cuda, `dtype` what the linear is fed."""
     if linear.scheme is None:
         return "dense"
-    if backend == "native":
-        return "native"
-    if backend == "reference":
-        return "reference"
+    named: dict[str, Kernel] = {"native": "native", "reference": "reference", "nf4": "nf4"}
+    if backend in named:
+        return named[backend]
     group = linear.scheme.group_size
     if linear.scheme.bits != 4 or dtype != "bf16" or group not in INT4_GROUP_SIZES:
         return "tiled"
@@ -71,6 +70,8 @@ def kept_bytes(linear: Linear, kernel: Kernel, dtype_bytes: int, stored_bytes: i
         per_group = PANEL_ROWS * (scale_bytes + (0 if linear.scheme.symmetric else 1))
         values = _up(in_features, PANEL_COLUMNS) * PANEL_ROWS * linear.scheme.bits // 8
         return -(-out_features // PANEL_ROWS) * (_up(per_group * linear.groups, 64) + _up(values, 64))
+    if kernel == "nf4":  # a float32 maximum per group
+        return out_features * in_features // 2 + 4 * out_features * linear.groups
     return stored
 
 
@@ -90,6 +91,8 @@ def kernel_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device:
         return 0
     if kernel == "native":  # quantized activations, at most two bytes a value, with their scales and sums
         return tokens * _up(in_features, 64) * 2 + 8 * tokens * (in_features // 32 + 1)
+    if kernel == "nf4":  # the dense weight of a product of several rows
+        return out_features * in_features * dtype_bytes if tokens > 1 else 0
     if kernel == "reference":
         return _dequantize_bytes(linear, out_features, dtype_bytes)
     tile = CUDA_TILE_BYTES if device == "cuda" else CPU_TILE_BYTES

@@ -7,7 +7,7 @@ on this machine. The total is the fullest moment: what stays, and the forward's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +99,10 @@ def device_overhead(context_bytes: int | None = None, *, is_open: bool = False) 
     return Overhead("device_context", context_bytes, "measured", "CUDA context and cuBLAS, as given")
 
 
+def _nothing_more(context_len: int) -> tuple[Term, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Run:
     """What is to be planned: weights, how they compute, and where."""
@@ -109,7 +113,7 @@ class Run:
     chunk: int = PREFILL_CHUNK
     kv_bits: int = 16
     logits_rows: int = 1  # k + 1 where k drafted tokens are verified at once
-    extra_terms: tuple[Term, ...] = ()  # of a draft model or of other GPUs' buffers
+    extra_terms: Callable[[int], tuple[Term, ...]] = _nothing_more  # at a context: a draft model, other buffers
     not_here: Mapping[str, int] = dataclasses.field(default_factory=dict)  # weight classes kept elsewhere, in bytes
 
     @property
@@ -153,7 +157,7 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
         ),
         Term("attention", attention, "modelled", _attention_formula(moment.tensors, context_len)),
         Term("logits", logits, "modelled", f"{run.logits_rows} positions; 0 where another step is the fullest"),
-        *run.extra_terms,
+        *run.extra_terms(context_len),
         Term(run.overhead.name, run.overhead.bytes, run.overhead.kind, run.overhead.formula),
     ]
     loading = max(0, run.weights.loading_peak_bytes - sum(run.not_here.values()) - staying)
@@ -191,12 +195,11 @@ def _slack(run: Run, context_len: int, row_bytes: int) -> int:
     Weights and cache are replayed; a cache tensor in a shared segment counts as if its segment were its own, so that
     the sum never shrinks as the context grows.
     """
-    sizes = [item.bytes for item in run.weights.kept]
     config = run.config
     tensor = config.num_key_value_heads * row_bytes * context_len * run.compute.batch
     count = 2 * config.num_hidden_layers
     cache = reserved_for([tensor] * count) - count * tensor
-    return reserved_for(sizes) - sum(sizes) + max(0, cache) + FRAGMENTATION_BYTES
+    return run.weights.reserved_bytes - run.weights.bytes + max(0, cache) + FRAGMENTATION_BYTES
 
 
 def largest_context(run: Run, available_bytes: int, limit: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+LARGEST_BARE_GIB = 999
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(mib|mb|m|gib|gb|g)?", re.IGNORECASE)
 
 
@@ -26,10 +27,10 @@ def parse_bytes(text: str) -> int:
     """Memory of a card or a machine: `12`, `12GB` and `12GiB` are 12 GiB (as vendors write it), `7800MiB`.
 
     Raises:
-        ValueError: not a positive size.
+        ValueError: not a positive size; a bare number beyond 999 is no size but the name of a card (4090).
     """
     match = _BYTES.fullmatch(text.strip())
-    if match is None or float(match[1]) <= 0:
+    if match is None or float(match[1]) <= 0 or (match[2] is None and float(match[1]) > LARGEST_BARE_GIB):
         raise ValueError(f"{text!r} is not a size of memory")
     unit = MIB if (match[2] or "").lower().startswith("m") else GIB
     return int(float(match[1]) * unit)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
 from glm4run.checkpoint.safetensors_index import DTYPE_BYTES as STORED_BYTES
 from glm4run.config import ModelConfig
+from glm4run.memory.allocator import reserved_for
 from glm4run.memory.kernels import Kernel, Linear, choose_kernel, kept_bytes, scale_bytes
 from glm4run.memory.workspace import DTYPE_BYTES, Compute
 from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT, packed_tensor_shapes
@@ -40,9 +42,14 @@ class Weights:
     kernels: Mapping[str, tuple[Linear, Kernel]]
     embedding_element_bytes: int
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return sum(item.bytes for item in self.kept)
+
+    @cached_property
+    def reserved_bytes(self) -> int:
+        """What PyTorch's CUDA allocator takes for them."""
+        return reserved_for(item.bytes for item in self.kept)
 
     def by_class(self) -> dict[str, int]:
         """Bytes of each of CLASSES; a head's own scales count as scales."""
@@ -52,7 +59,7 @@ class Weights:
             sums["scales"] += item.scale_bytes
         return sums
 
-    @property
+    @cached_property
     def loading_peak_bytes(self) -> int:
         """The most while loading: what is loaded so far, and the stored form of the tensor that is being converted."""
         loaded = most = 0

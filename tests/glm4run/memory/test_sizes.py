@@ -46,7 +46,7 @@ def test_bytes(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "-8", "12 tons", "1e3", "RTX 3060"])
+@pytest.mark.parametrize("text", ["", "GB", "0", "-8", "12 tons", "1e3", "RTX 3060", "4090"])
 def test_what_is_no_size_of_memory(text: str) -> None:
     with pytest.raises(ValueError):
         parse_bytes(text)
