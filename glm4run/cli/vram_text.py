@@ -208,11 +208,13 @@ def explain(question: Question, row: Row, width: int) -> Lines:
         width,
     )
     for term in plan.terms:
-        line = f"  {term.bytes / MIB:>10.2f} MiB  {term.name:<20} {term.kind:<9}"
-        if width >= NARROW:
-            yield from _wrap(f"{line} {term.formula}", max(width, 70), indent=" " * 18)
-        else:
-            yield from (f"{term.bytes / MIB:>10.2f} MiB {term.name}", *_wrap(f"  {term.kind}: {term.formula}", width))
+        line = f"  {term.bytes / MIB:>10.2f} MiB  {term.name:<20}{term.kind:<10}"
+        if len(line) + len(term.formula) <= width:
+            yield f"{line}{term.formula}"
+            continue
+        yield line if len(line.rstrip()) <= width else f"{term.bytes / MIB:>10.2f} MiB {term.name}"
+        indent = " " * (18 if width >= NARROW else 2)
+        yield from _wrap(f"{indent}{term.formula}", width, indent=indent)
     held = question.target.total_bytes - question.target.free_bytes
     yield f"  {plan.peak_bytes / MIB:>10.2f} MiB  the plan's peak ({gib_text(plan.peak_bytes)} GiB)"
     yield f"  {held / MIB:>10.2f} MiB  taken already, or not usable"
@@ -249,9 +251,10 @@ def cards_table(question: Question, width: int) -> Lines:
             yield from _card_lines(card, width)
         yield ""
     yield from _wrap(
-        "usable in GiB; longest context in tokens; decode in tok/s, from an eager runtime to the best", width
+        "usable in GiB; longest context in tokens; decode in tok/s, from an eager torch runtime to the best engine "
+        "measured; prompt in s to read all of it. Intel and Apple: estimated, this version does not drive them yet.",
+        width,
     )
-    yield from _wrap("engine measured; prompt in s for all of it. Intel and Apple: estimated, not driven yet.", width)
     yield from footnotes(question, width)
 
 
