@@ -130,6 +130,17 @@ def _join(first: _Block, second: _Block) -> _Block:
     return first
 
 
+def reserved_for_equal(nbytes: int, count: int) -> int:
+    """`reserved_for` of `count` tensors of one size, without a replay."""
+    size = -(-nbytes // MIN_BLOCK) * MIN_BLOCK
+    if size == 0:
+        return 0
+    if size >= LARGE_REQUEST:
+        return count * -(-size // ROUND_LARGE) * ROUND_LARGE
+    segment = SMALL_SEGMENT if size <= SMALL_REQUEST else LARGE_SEGMENT
+    return -(-count // (segment // size)) * segment
+
+
 def reserved_for(sizes: Iterable[int]) -> int:
     """What tensors that stay reserve."""
     allocator = CachingAllocator()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from glm4run.config import ModelConfig
-from glm4run.memory.allocator import reserved_for
+from glm4run.memory.allocator import reserved_for_equal
 from glm4run.memory.sizes import MIB, tokens_text
 from glm4run.memory.weights import Weights
 from glm4run.memory.workspace import Compute, forward_peak
@@ -169,7 +169,7 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
 
 
 def _weight_terms(run: Run) -> list[Term]:
-    classes = run.weights.by_class()
+    classes = run.weights.by_class
     linears = {linear.scheme.describe() for linear, _ in run.weights.kernels.values() if linear.scheme is not None}
     formulas = {
         "linears": f"values of q, k, v, o, gate_up, down: {', '.join(sorted(linears)) or run.compute.dtype}",
@@ -198,7 +198,7 @@ def _slack(run: Run, context_len: int, row_bytes: int) -> int:
     config = run.config
     tensor = config.num_key_value_heads * row_bytes * context_len * run.compute.batch
     count = 2 * config.num_hidden_layers
-    cache = reserved_for([tensor] * count) - count * tensor
+    cache = reserved_for_equal(tensor, count) - count * tensor
     return run.weights.reserved_bytes - run.weights.bytes + max(0, cache) + FRAGMENTATION_BYTES
 
 

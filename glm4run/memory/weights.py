@@ -51,7 +51,8 @@ class Weights:
         """What PyTorch's CUDA allocator takes for them."""
         return reserved_for(item.bytes for item in self.kept)
 
-    def by_class(self) -> dict[str, int]:
+    @cached_property
+    def by_class(self) -> Mapping[str, int]:
         """Bytes of each of CLASSES; a head's own scales count as scales."""
         sums = dict.fromkeys(CLASSES, 0)
         for item in self.kept:

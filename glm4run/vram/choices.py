@@ -254,7 +254,7 @@ def _extra_terms(choice: Choice, draft: Subject | None, context_len: int) -> tup
 
 def _elsewhere(weights: Weights, choice: Choice) -> dict[str, int]:
     """Weight classes in RAM, or on another GPU of a pipeline: its first holds the embedding, its last the head."""
-    classes = weights.by_class()
+    classes = weights.by_class
     away: dict[str, int] = {}
     if choice.embed_on_host:
         away["embedding"] = classes["embedding"]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4run.memory import MIB
-from glm4run.memory.allocator import CachingAllocator, DeviceFullError, reserved_for
+from glm4run.memory.allocator import CachingAllocator, DeviceFullError, reserved_for, reserved_for_equal
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,11 @@ def test_cached_segments_go_back_before_a_request_fails() -> None:
     assert (allocator.retries, allocator.reserved) == (1, 80 * MIB)
     with pytest.raises(DeviceFullError):
         allocator.allocate("c", 40 * MIB)
+
+
+@given(st.integers(0, 64 * MIB), st.integers(1, 100))
+def test_equal_tensors_have_a_closed_form(nbytes: int, count: int) -> None:
+    assert reserved_for_equal(nbytes, count) == reserved_for([nbytes] * count)
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 64 * MIB)), max_size=60))

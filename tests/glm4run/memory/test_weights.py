@@ -48,8 +48,8 @@ def test_whole_9b_model_on_the_meta_device(bits: int, group: int | None, head_bi
     stored = stored_tensors(CHAT, schemes)
     weights = plan_weights(CHAT, stored, schemes, backend="torch", dtype="bf16", device="cuda")
     assert weights.bytes == weight_bytes(meta_model(CHAT, schemes, "bf16"))
-    assert sum(weights.by_class().values()) == weights.bytes
-    assert tuple(weights.by_class()) == CLASSES
+    assert sum(weights.by_class.values()) == weights.bytes
+    assert tuple(weights.by_class) == CLASSES
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -65,7 +65,7 @@ def test_published_sizes() -> None:
     weights = plan_weights(CHAT, stored_tensors(CHAT, {}), {}, backend="dense", dtype="bf16", device="cuda")
     norms = (2 * CHAT.num_hidden_layers + 1) * CHAT.hidden_size
     assert weights.bytes == 18_799_902_720 + 2 * norms
-    assert weights.by_class()["embedding"] == weights.by_class()["head"] == 2 * 620_756_992
+    assert weights.by_class["embedding"] == weights.by_class["head"] == 2 * 620_756_992
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
