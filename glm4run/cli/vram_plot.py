@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm4run.cli.vram_text import choice_text
+from glm4run.cli.vram_text import choice_text, wrap
 from glm4run.errors import Glm4RunError
 from glm4run.memory import GIB, tokens_text
 from glm4run.vram.answers import Question
@@ -41,7 +41,7 @@ def chart(question: Question, width: int) -> Iterator[str]:
     for letter, curve in zip(LETTERS, curves, strict=False):
         for column, gib in enumerate(curve):
             grid[_line_of(gib, lowest, highest)][column] = letter
-    yield f"GiB at the peak against tokens of context, up to {limit}"
+    yield from wrap(f"GiB at the peak against tokens of context, up to {limit}", width)
     for number, cells in enumerate(grid):
         label = scale.get(number, f"{highest:.1f}" if number == 0 else f"{lowest:.1f}" if number == HEIGHT - 1 else "")
         yield f"{label:>{MARGIN - 2}} |{''.join(cells)}"
@@ -50,7 +50,7 @@ def chart(question: Question, width: int) -> Iterator[str]:
     for letter, choice in zip(LETTERS, question.choices, strict=False):
         yield f"{letter}  {choice_text(choice, question.choices)}"
     yield "-  card sizes"
-    yield f"=  {free:.2f} GiB, what a run may take of {question.target.name}"
+    yield from wrap(f"=  {free:.2f} GiB, what a run may take of {question.target.name}", width, indent="   ")
 
 
 def _curve(question: Question, index: int, contexts: Sequence[int]) -> list[float]:

@@ -45,15 +45,15 @@ def screen(question: Question, width: int) -> Lines:
 def heading(question: Question, width: int) -> Lines:
     """The model, the device, what is free of it and who holds the rest."""
     target = question.target
-    yield from _wrap(f"{question.subject.name} on {target.name}", width)
+    yield from wrap(f"{question.subject.name} on {target.name}", width)
     unit = "usable" if target.source in ("catalogue", "as given") else "free"
-    yield from _wrap(
+    yield from wrap(
         f"{gib_text(target.free_bytes)} of {gib_text(target.total_bytes)} GiB {unit} ({target.source})", width
     )
     for holder in target.holders[:4]:
-        yield from _wrap(f"  {holder.name} (process {holder.pid}) holds {holder.bytes // MIB} MiB", width)
+        yield from wrap(f"  {holder.name} (process {holder.pid}) holds {holder.bytes // MIB} MiB", width)
     for note in target.notes:
-        yield from _wrap(f"  {note}", width, indent="  ")
+        yield from wrap(f"  {note}", width, indent="  ")
 
 
 def grid(question: Question, rows: Sequence[Row], width: int) -> Lines:
@@ -73,11 +73,11 @@ def grid(question: Question, rows: Sequence[Row], width: int) -> Lines:
 
 def _stacked(by_choice: dict[Choice, list[Row]], longest: dict[Choice, Longest], width: int) -> Lines:
     for choice, cells in by_choice.items():
-        yield from _wrap(choice_text(choice, tuple(by_choice)), width)
+        yield from wrap(choice_text(choice, tuple(by_choice)), width)
         for row in cells:
             yield f"  {_mark(row)} {context_text(row.plan.context_len):>7} {gib_text(row.plan.peak_bytes):>7} GiB"
-        yield from _wrap(f"  longest: {longest_text(longest[choice])}", width)
-    yield from _wrap("+ fits, ~ barely, - does not fit", width)
+        yield from wrap(f"  longest: {longest_text(longest[choice])}", width)
+    yield from wrap("+ fits, ~ barely, - does not fit", width)
 
 
 def _mark(row: Row) -> str:
@@ -115,14 +115,14 @@ def _speed_lines(question: Question, rows: Sequence[Row], width: int) -> Lines:
             low, high = row.speed.decode_tok_per_s
             speeds.append(f"{choice.label} {low:.0f}-{high:.0f} at {context_text(row.plan.context_len)}")
     if speeds:
-        yield from _wrap(f"decode, tok/s: {', '.join(speeds)}", width)
-        yield from _wrap(
+        yield from wrap(f"decode, tok/s: {', '.join(speeds)}", width)
+        yield from wrap(
             "  from an eager torch runtime to the best engine measured on this class of device; see docs/vram.md",
             width,
             indent="  ",
         )
     elif question.target.device == "cpu":
-        yield from _wrap("speed on a CPU depends on its memory: measure it with a short run", width)
+        yield from wrap("speed on a CPU depends on its memory: measure it with a short run", width)
 
 
 def next_command(question: Question, width: int) -> Lines:
@@ -149,14 +149,14 @@ def remedies(question: Question, rows: Sequence[Row], width: int) -> Lines:
     """What is short, and the ladder of what helps, the least loss first."""
     row = max(rows, key=lambda item: item.headroom_bytes)
     choice, context_len = row.choice, row.plan.context_len
-    yield from _wrap(
+    yield from wrap(
         f"nothing fits. The nearest, {choice_text(choice, question.choices)} at {context_text(context_len)}, "
         f"is short {gib_text(-row.headroom_bytes)} GiB. What helps, the least loss first, each on top of the others:",
         width,
     )
     for remedy in ladder(question, choice, context_len):
         mark, star = "+" if remedy.fits else "-", "" if remedy.runs_now else "*"
-        yield from _wrap(
+        yield from wrap(
             f"  {mark} {gib_text(remedy.plan_bytes):>6} ({gib_text(-remedy.saved_bytes)})  {remedy.what}{star} "
             f"({remedy.option})",
             width,
@@ -164,34 +164,34 @@ def remedies(question: Question, rows: Sequence[Row], width: int) -> Lines:
         )
     longest = longest_context(question, choice)
     as_is = f"{longest.tokens} tokens" if longest.tokens else "none"
-    yield from _wrap(f"  longest context that fits as it is: {as_is}", width)
+    yield from wrap(f"  longest context that fits as it is: {as_is}", width)
     layers = layers_to_offload(question, choice, context_len)
     if layers is not None and question.target.device == "cuda":
-        yield from _wrap(f"  or {layers} layers in RAM* (slow: --offload {layers})", width)
+        yield from wrap(f"  or {layers} layers in RAM* (slow: --offload {layers})", width)
     split = gpus_to_split_over(question, choice, context_len) if question.target.device == "cuda" else None
     if split is not None:
-        yield from _wrap(f"  or {split} such GPUs* (--gpus {split})", width)
+        yield from wrap(f"  or {split} such GPUs* (--gpus {split})", width)
     cards = cards_that_fit(question, choice, context_len, per_vendor=1)
     names = [f"{card.gpu.name} ({card.gpu.total_bytes // GIB} GiB)" for card in cards if card.gpu.is_supported]
     if names:
-        yield from _wrap(f"  or a larger card: {', '.join(names[:3])}", width, indent="    ")
+        yield from wrap(f"  or a larger card: {', '.join(names[:3])}", width, indent="    ")
 
 
 def footnotes(question: Question, width: int) -> Lines:
     """What the stars mean, and what the plan leaves open."""
     estimated = list(dict.fromkeys(what for choice in question.choices for what in choice.estimated))
     if estimated:
-        yield from _wrap(f"* estimated; this version does not run it yet: {', '.join(estimated)}", width)
+        yield from wrap(f"* estimated; this version does not run it yet: {', '.join(estimated)}", width)
     for choice in question.choices[:1]:
         if choice.gpus > 1:
             kind = "tensor" if choice.split == "tp" else "pipeline"
-            yield from _wrap(f"numbers are those of the fullest of {choice.gpus} GPUs, {kind} split", width)
+            yield from wrap(f"numbers are those of the fullest of {choice.gpus} GPUs, {kind} split", width)
             if choice.split == "tp" and choice.gpus > question.subject.config.num_key_value_heads:
                 heads = question.subject.config.num_key_value_heads
-                yield from _wrap(f"the model has {heads} KV heads: beyond {heads} GPUs each repeats one", width)
+                yield from wrap(f"the model has {heads} KV heads: beyond {heads} GPUs each repeats one", width)
     config = question.subject.config
     if max(question.contexts) > config.max_position_embeddings:
-        yield from _wrap(f"beyond {config.max_position_embeddings} tokens with YaRN", width)
+        yield from wrap(f"beyond {config.max_position_embeddings} tokens with YaRN", width)
 
 
 # --- other screens
@@ -202,7 +202,7 @@ def explain(question: Question, row: Row, width: int) -> Lines:
     plan = row.plan
     yield from heading(question, width)
     yield ""
-    yield from _wrap(
+    yield from wrap(
         f"{choice_text(row.choice, question.choices)}, {plan.context_len} tokens "
         f"({context_text(plan.context_len)}), chunks of {plan.chunk}:",
         width,
@@ -214,12 +214,15 @@ def explain(question: Question, row: Row, width: int) -> Lines:
             continue
         yield line if len(line.rstrip()) <= width else f"{term.bytes / MIB:>10.2f} MiB {term.name}"
         indent = " " * (18 if width >= NARROW else 2)
-        yield from _wrap(f"{indent}{term.formula}", width, indent=indent)
+        yield from wrap(f"{indent}{term.formula}", width, indent=indent)
     held = question.target.total_bytes - question.target.free_bytes
-    yield f"  {plan.peak_bytes / MIB:>10.2f} MiB  the plan's peak ({gib_text(plan.peak_bytes)} GiB)"
-    yield f"  {held / MIB:>10.2f} MiB  taken already, or not usable"
-    yield f"  {row.headroom_bytes / MIB:>10.2f} MiB  {'to spare' if row.fits else 'short'}"
-    yield f"  {question.target.total_bytes / MIB:>10.2f} MiB  the device"
+    for nbytes, what in (
+        (plan.peak_bytes, f"the plan's peak, {gib_text(plan.peak_bytes)} GiB"),
+        (held, "taken already or not usable"),
+        (row.headroom_bytes, "to spare" if row.fits else "short"),
+        (question.target.total_bytes, "the device"),
+    ):
+        yield from wrap(f"  {nbytes / MIB:>10.2f} MiB  {what}", width, indent=" " * 18)
 
 
 def max_context_table(question: Question, width: int) -> Lines:
@@ -229,7 +232,7 @@ def max_context_table(question: Question, width: int) -> Lines:
     for item in longest_contexts(question):
         reason = "bounded by the model" if item.reason == "model" else "bounded by the memory"
         text = f"{item.tokens:>8} tokens, {reason}" if item.tokens else "does not fit"
-        yield from _wrap(f"{choice_text(item.choice, question.choices):<18} {text}", width, indent="  ")
+        yield from wrap(f"{choice_text(item.choice, question.choices):<18} {text}", width, indent="  ")
     yield from footnotes(question, width)
 
 
@@ -238,7 +241,7 @@ def cards_table(question: Question, width: int) -> Lines:
     context_len = max(question.contexts)
     for choice in question.choices:
         cards = cards_that_fit(question, choice, context_len, per_vendor=CARDS_PER_VENDOR)
-        yield from _wrap(
+        yield from wrap(
             f"{question.subject.name}, {choice_text(choice, question.choices)}, {context_text(context_len)} tokens: "
             "the smallest cards that do, with 3 % to spare",
             width,
@@ -250,7 +253,7 @@ def cards_table(question: Question, width: int) -> Lines:
         for card in cards:
             yield from _card_lines(card, width)
         yield ""
-    yield from _wrap(
+    yield from wrap(
         "usable in GiB; longest context in tokens; decode in tok/s, from an eager torch runtime to the best engine "
         "measured; prompt in s to read all of it. Intel and Apple: estimated, this version does not drive them yet.",
         width,
@@ -267,30 +270,31 @@ def _card_lines(card: Card, width: int) -> Lines:
         name = textwrap.shorten(card.gpu.name, 28, placeholder="...")
         yield f"  {name:<28}{usable:>7}{card.used_share:>6.0%}{card.longest_tokens:>9}{decode:>10}{prompt:>11}"
         return
-    yield from _wrap(f"  {card.gpu.name}", width)
-    yield from _wrap(f"    {usable} GiB, {card.used_share:.0%} used, to {card.longest_tokens}", width, indent="    ")
-    yield from _wrap(f"    {decode} tok/s", width)
+    yield from wrap(f"  {card.gpu.name}", width)
+    yield from wrap(f"    {usable} GiB, {card.used_share:.0%} used, to {card.longest_tokens}", width, indent="    ")
+    yield from wrap(f"    {decode} tok/s", width)
 
 
 def theirs_table(question: Question, rows: Sequence[Theirs], width: int) -> Lines:
     """Another runtime's need beside ours."""
-    yield from _wrap(f"{question.subject.name} under {rows[0].runtime}, which is not glm4run:", width)
+    yield from wrap(f"{question.subject.name} under {rows[0].runtime}, which is not glm4run:", width)
     yield ""
     ours = {(row.choice.bits, row.plan.context_len): row.plan for row in make_rows(question)}
     for row in rows:
         plan = ours.get((str(row.bits), row.context_len))
         beside = "" if plan is None else f" (glm4run {gib_text(plan.peak_bytes)})"
-        yield from _wrap(
+        yield from wrap(
             f"{context_text(row.context_len):>7} {row.bits:>2} bits {gib_text(row.peak_bytes):>7} GiB{beside}: "
             + ", ".join(f"{name} {nbytes / MIB:.0f} MiB" for name, nbytes in row.parts.items()),
             width,
             indent=" " * 8,
         )
     for note in dict.fromkeys(row.note for row in rows):
-        yield from _wrap(f"  {note}", width, indent="  ")
+        yield from wrap(f"  {note}", width, indent="  ")
 
 
-def _wrap(text: str, width: int, *, indent: str = "") -> Lines:
+def wrap(text: str, width: int, *, indent: str = "") -> Lines:
+    """Lines of at most `width` columns, the later ones indented."""
     yield from textwrap.wrap(
         text, max(width, 20), subsequent_indent=indent, drop_whitespace=True, break_long_words=False
     ) or [""]
