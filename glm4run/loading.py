@@ -186,10 +186,9 @@ def planned_run(
         device=device.type,
     )
     on_cpu = device.type == "cpu"
+    tokenizer = memory.tokenizer_bytes(reader.folder, config.vocab_size)
     overhead = (
-        memory.process_overhead(memory.resident_bytes(), config.vocab_size)
-        if on_cpu
-        else memory.device_overhead(is_open=True)
+        memory.process_overhead(memory.resident_bytes(), tokenizer) if on_cpu else memory.device_overhead(is_open=True)
     )
     return Run(weights, weights.compute(config, dtype=dtype_name, device=device.type), overhead)
 

@@ -4,24 +4,19 @@
 """
 
 from glm4run.memory.available import available_ram_bytes, peak_resident_bytes, resident_bytes, total_ram_bytes
+from glm4run.memory.overhead import Overhead, device_overhead, process_overhead, tokenizer_bytes
 from glm4run.memory.plan import (
     HEADROOM_BYTES,
-    PREFILL_CHUNK,
     RUNTIME_KV_BITS,
     SMALLER_CHUNKS,
-    WEIGHT_TERMS,
-    MemoryPlan,
-    Overhead,
     Run,
-    Term,
     choose_plan,
-    device_overhead,
     kv_bytes_per_token,
     largest_context,
     plan_run,
-    process_overhead,
 )
 from glm4run.memory.sizes import GIB, MIB, gib_text, parse_bytes, parse_size, tokens_text
+from glm4run.memory.terms import PREFILL_CHUNK, WEIGHT_TERMS, MemoryPlan, Term
 from glm4run.memory.weights import Stored, Weights, plan_weights, stored_tensors
 
 __all__ = [
@@ -52,6 +47,7 @@ __all__ = [
     "process_overhead",
     "resident_bytes",
     "stored_tensors",
+    "tokenizer_bytes",
     "tokens_text",
     "total_ram_bytes",
 ]

@@ -9,94 +9,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from glm4run.config import ModelConfig
 from glm4run.memory.allocator import reserved_for_equal
+from glm4run.memory.overhead import Overhead
 from glm4run.memory.sizes import MIB, tokens_text
+from glm4run.memory.terms import PREFILL_CHUNK, Kind, MemoryPlan, Term
 from glm4run.memory.weights import Weights
 from glm4run.memory.workspace import Compute, forward_peak
 
-Kind = Literal["exact", "modelled", "measured"]
-
-PREFILL_CHUNK = 512  # tokens of a prompt that are fed at once, where memory allows
 SMALLER_CHUNKS = (256, 128, 64)  # what a context that would not fit otherwise is tried with
 RUNTIME_KV_BITS = (16,)  # what this version's cache can hold; vram also estimates 8 and 4
-# A process with torch loaded, on a CPU: interpreter, libraries, thread stacks. The loader measures its own instead.
-PROCESS_BYTES = 330 * MIB
-# CUDA context and cuBLAS of a process. Source: 451-456 MiB on an RTX 4090 (ggml-org/llama.cpp pull request 15860).
-DEVICE_CONTEXT_BYTES = 450 * MIB
-CUBLAS_BYTES = 32 * MIB  # of it, taken by the first product
 HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is not weights
 # Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
 FRAGMENTATION_BYTES = 64 * MIB
-TOKENIZER_BYTES_PER_TOKEN = 700  # of vocabulary: its merges and tables. Source: measured, tests/glm4run/memory
+# What glibc's heap keeps between tensors that came and went, as a share of them. Source: measured, docs/vram.md.
+HEAP_SLACK_SHARE = 32
 
-
-@dataclass(frozen=True)
-class Term:
-    """One line of a plan. `formula` says where the bytes come from."""
-
-    name: str
-    bytes: int
-    kind: Kind
-    formula: str = ""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What a run needs, in bytes, at one context length (tokens), fed `chunk` tokens at a time."""
-
-    context_len: int
-    terms: tuple[Term, ...]
-    chunk: int = PREFILL_CHUNK
-    step: str = ""  # the forward's fullest step
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(term.bytes for term in self.terms)
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(term.bytes for term in self.terms if term.name in WEIGHT_TERMS)
-
-    def bytes_of(self, *names: str) -> int:
-        """The sum of the terms called so."""
-        return sum(term.bytes for term in self.terms if term.name in names)
-
-
-WEIGHT_TERMS = ("linears", "scales", "embedding", "head", "norms_and_biases")
 ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
 LOGITS = ("logits", "logits in float32", "sampling")
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """What a process takes on its device beside tensors."""
-
-    name: str
-    bytes: int
-    kind: Kind
-    formula: str
-    held_bytes: int = 0  # what is taken already, and so is not part of what is still free
-
-
-def process_overhead(measured_bytes: int | None, vocab_size: int) -> Overhead:
-    """Of a run on the CPU: what the process holds already, or what it usually does, and its tokenizer."""
-    tokenizer = TOKENIZER_BYTES_PER_TOKEN * vocab_size
-    if measured_bytes is None:
-        return Overhead("process", PROCESS_BYTES + tokenizer, "modelled", "interpreter, torch, tokenizer")
-    formula = "held before loading, and the tokenizer"
-    return Overhead("process", measured_bytes + tokenizer, "measured", formula, measured_bytes)
-
-
-def device_overhead(context_bytes: int | None = None, *, is_open: bool = False) -> Overhead:
-    """Of a run on a GPU: the CUDA context and cuBLAS. `is_open`: the context is there already."""
-    if context_bytes is None:
-        held = DEVICE_CONTEXT_BYTES - CUBLAS_BYTES if is_open else 0
-        formula = "CUDA context and cuBLAS of one process"
-        return Overhead("device_context", DEVICE_CONTEXT_BYTES, "modelled", formula, held)
-    return Overhead("device_context", context_bytes, "measured", "CUDA context and cuBLAS, as given")
 
 
 def _nothing_more(context_len: int) -> tuple[Term, ...]:
@@ -164,6 +95,9 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     if compute.device == "cuda":
         slack = _slack(run, context_len, row_bytes)
         terms.append(Term("allocator_slack", slack, "modelled", "2 MiB segments of weights and cache, fragments"))
+    else:
+        slack = moment.bytes // HEAP_SLACK_SHARE
+        terms.append(Term("allocator_slack", slack, "modelled", f"1/{HEAP_SLACK_SHARE} of the forward's tensors"))
     terms.append(Term("loading", loading, "modelled", "what loading needs beyond running: a tensor being converted"))
     return MemoryPlan(context_len, tuple(terms), chunk, moment.step)
 

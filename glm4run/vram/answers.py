@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from glm4run.memory import GIB, HEADROOM_BYTES, MemoryPlan, Run, largest_context, plan_run
+from glm4run.memory import GIB, HEADROOM_BYTES, MemoryPlan, Run, largest_context, plan_run, tokenizer_bytes
 from glm4run.vram.choices import Choice, Subject, make_run
 from glm4run.vram.gpus import Gpu, load_gpus
 from glm4run.vram.speed import Speed, estimate_speed, span_of
@@ -36,7 +36,8 @@ class Question:
         config = self.subject.config
         packed = choice.bits not in ("16", "nf4")
         dtype = device.dtype(packed=packed, dense_bytes=4 * config.num_parameters + HEADROOM_BYTES)
-        overhead = device.overhead(config.vocab_size, self.context_bytes)
+        tokenizer = tokenizer_bytes(self.subject.folder, config.vocab_size)
+        overhead = device.overhead(tokenizer, self.context_bytes)
         key = (choice, device.device, dtype, overhead)
         if key not in self._runs:
             self._runs[key] = make_run(

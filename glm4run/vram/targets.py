@@ -34,10 +34,10 @@ class Target:
         """Whether glm4run drives this device."""
         return self.device == "cpu" or self.gpu is None or self.gpu.is_supported
 
-    def overhead(self, vocab_size: int, context_bytes: int | None) -> Overhead:
-        """What a process takes there beside tensors."""
+    def overhead(self, tokenizer: int, context_bytes: int | None) -> Overhead:
+        """What a process takes there beside tensors; `tokenizer` in bytes."""
         if self.device == "cpu":
-            return process_overhead(None, vocab_size)
+            return process_overhead(None, tokenizer)
         return device_overhead(context_bytes)
 
     def dtype(self, *, packed: bool, dense_bytes: int) -> str:

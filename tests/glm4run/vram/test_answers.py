@@ -179,7 +179,7 @@ def test_folder_is_planned_from_its_headers_as_it_is_loaded(tmp_path: Path, pack
     asked = Question(subject, target, (128,), tuple(Choice(b) for b in default_bits(subject)))
     loaded = load_weights(folder, backend="torch" if packed else "auto", dtype="bf16" if packed else "auto")
     choice = asked.choices[0]
-    overhead = target.overhead(subject.config.vocab_size, None)
+    overhead = target.overhead(0, None)
     dtype = str(loaded.model.dtype).replace("torch.", "").replace("bfloat16", "bf16").replace("float32", "fp32")
     run = make_run(subject, choice, overhead, device="cpu", dtype=dtype, backend="torch")
     assert run.weights.by_class == {
