@@ -19,7 +19,7 @@ from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, Progress, load_weights
-from glm4run.memory import MemoryPlan
+from glm4run.memory import MemoryPlan, Run
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
@@ -38,6 +38,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     config: ModelConfig
     plan: MemoryPlan
+    memory_run: Run
     dialect: Dialect | None  # None: a base model, or one without a known chat template
     card: Card | None
     stop_ids: frozenset[int]
@@ -293,6 +294,7 @@ def _assemble(folder: Path, weights: LoadedWeights, started: float) -> LoadedMod
         tokenizer=tokenizer,
         config=config,
         plan=weights.plan,
+        memory_run=weights.memory_run,
         dialect=dialect,
         card=card,
         stop_ids=stop_ids(config, generation, tokenizer),

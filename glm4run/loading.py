@@ -39,6 +39,7 @@ class LoadedWeights:
 
     model: Glm4Model
     plan: MemoryPlan
+    memory_run: Run  # what the plan was made of
     backend: str  # of the packed linears; "dense" where nothing is packed
     backend_reason: str
     notices: tuple[str, ...]
@@ -114,7 +115,9 @@ def load_weights(
             model = Glm4Model(config, dtype=compute)
         _Loader(reader, model, target, compute, chosen, progress).run(specs)
     model.eval().requires_grad_(False)
-    return LoadedWeights(model, plan, "dense" if chosen is None else chosen.name, reason, (*config.notices, *notices))
+    return LoadedWeights(
+        model, plan, run, "dense" if chosen is None else chosen.name, reason, (*config.notices, *notices)
+    )
 
 
 def adapt_config(
