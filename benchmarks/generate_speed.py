@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
-import subprocess
 from pathlib import Path
 
 import torch
 
 from glm4run import SamplingParams, load_model
 from glm4run.checkpoint.safetensors_index import read_index
+from glm4run.machine import commit, cpu_name
 from glm4run.steps import Timings
 
 
@@ -40,8 +39,8 @@ def main() -> None:
     count = sum(step.token_id is not None for step in model.stream(prompt, params, timings=timings))
     weights = sum(entry.nbytes for entry in read_index(args.model).values())
     result = {
-        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "commit": _commit(),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "commit": commit(),
         "model": model.name,
         "backend": model.backend,
         "dtype": str(model.model.dtype),
@@ -58,19 +57,6 @@ def main() -> None:
 
 def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _commit() -> str | None:
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return run.stdout.strip() or None
 
 
 if __name__ == "__main__":

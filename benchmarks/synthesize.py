@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4)
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128))
-    parser.add_argument("--lm-head-bits", type=int, choices=(8, 16), default=8)
+    parser.add_argument("--lm-head-bits", type=int, choices=(4, 8, 16), default=8)
     parser.add_argument("--layers", type=int, help="fewer layers than the member has")
     parser.add_argument("--tokenizer", type=Path, default=demo_folder(), help="a folder to take the tokenizer from")
     parser.add_argument("--overwrite", action="store_true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +18,16 @@ from glm4run.chat_format import AnswerCleaner, Message, encode_chat
 from glm4run.config import ModelConfig
 from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
+from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
-from glm4run.loading import LoadedWeights, Progress, load_weights
+from glm4run.loading import LoadedWeights, load_weights
 from glm4run.memory import MemoryPlan, Run
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
 from glm4run.steps import Context, FinishReason, GenerationStep, TextStream, Timings
 from glm4run.stopping import is_looping
+from glm4run.tensor_loading import Progress
 from glm4run.tokenizer import Tokenizer, load_tokenizer
 from glm4run.tool_calls import tool_names
 
@@ -44,6 +47,7 @@ class LoadedModel:
     stop_ids: frozenset[int]
     generation_defaults: Mapping[str, Any]
     backend: str
+    backend_detail: str
     backend_reason: str
     notices: tuple[str, ...]
     load_s: float
@@ -248,6 +252,8 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
+    activations: Activations = "auto",
+    threads: int | None = None,
     kv_bits: int = 16,
     context_len: int | None = None,
     rope_theta: float | None = None,
@@ -259,6 +265,8 @@ def load_model(
     Args:
         path: the folder. device: auto, cpu, cuda, cuda:N. dtype: auto, bf16, fp16, fp32.
         backend: auto, or the name of one, which then never falls back. kv_bits: 16 is what this version has.
+        activations: how they meet packed weights. auto takes the faster form where its loss is negligible; int8, bf16.
+        threads: of the CPU; None takes one per core that this process may use.
         context_len: tokens; None takes the largest that fits the memory, up to the model's own.
         rope_theta: overrides the config's base. yarn: auto (when the context asks for it), on, off.
 
@@ -269,22 +277,25 @@ def load_model(
         raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
     folder = Path(path)
     started = time.perf_counter()
-    weights = load_weights(
-        folder,
-        device=device,
-        dtype=dtype,
-        backend=backend,
-        context_len=context_len,
-        rope_theta=rope_theta,
-        yarn=yarn,
-        progress=progress,
-    )
-    return _assemble(folder, weights, started)
+    with ThreadPoolExecutor(max_workers=1) as beside:  # a large vocabulary takes a second of its own
+        tokenizer = beside.submit(load_tokenizer, folder)
+        weights = load_weights(
+            folder,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            activations=activations,
+            threads=threads,
+            context_len=context_len,
+            rope_theta=rope_theta,
+            yarn=yarn,
+            progress=progress,
+        )
+        return _assemble(folder, weights, tokenizer.result(), started)
 
 
-def _assemble(folder: Path, weights: LoadedWeights, started: float) -> LoadedModel:
+def _assemble(folder: Path, weights: LoadedWeights, tokenizer: Tokenizer, started: float) -> LoadedModel:
     config = weights.model.config
-    tokenizer = load_tokenizer(folder)
     dialect, card = chat_dialect(folder, config)
     generation = read_generation_config(folder)
     first = next(weights.model.parameters())
@@ -300,6 +311,7 @@ def _assemble(folder: Path, weights: LoadedWeights, started: float) -> LoadedMod
         stop_ids=stop_ids(config, generation, tokenizer),
         generation_defaults={**(card.generation if card is not None else {}), **generation},
         backend=weights.backend,
+        backend_detail=weights.backend_detail,
         backend_reason=weights.backend_reason,
         notices=weights.notices,
         load_s=time.perf_counter() - started,

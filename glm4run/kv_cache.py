@@ -29,12 +29,17 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key and value [KVH, T, D] behind `position`; returns views [KVH, position + T, D] of all so far."""
-        end = self.position + key.shape[1]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were asked for")
+        end = self.require(key.shape[1])
         self.keys[layer][:, self.position : end] = key
         self.values[layer][:, self.position : end] = value
         return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+    def require(self, count: int) -> int:
+        """The position behind `count` more tokens. Raises ValueError where they do not fit."""
+        end = self.position + count
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, {end} were asked for")
+        return end
 
     def advance(self, count: int) -> None:
         """Makes the `count` tokens that every layer has appended part of the past."""

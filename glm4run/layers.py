@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,19 +11,25 @@ from torch import Tensor, nn
 from glm4run.kernels import Backend, Prepacked
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32. Source: arXiv 1910.07467."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, computed in float32: x [..., size] to the same shape and dtype. Source: arXiv 1910.07467."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight.float()).to(x.dtype)
 
-    def __init__(self, size: int, eps: float) -> None:
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its weight. `compute` is that function, or a faster one with the same results."""
+
+    def __init__(self, size: int, eps: float, compute: Callable[[Tensor, Tensor, float], Tensor] = rms_norm) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.compute = compute
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] to the same shape and dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * self.weight.float()).to(x.dtype)
+        return self.compute(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):
@@ -60,10 +68,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N] in the dtype of x."""
         flat = x.reshape(-1, x.shape[-1])  # [M, K]
-        y = self.backend.linear(flat, self.prepacked)  # [M, N]
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
+        y = self.backend.linear(flat, self.prepacked, self._bias(x.dtype))  # [M, N]
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -74,3 +83,13 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         spec = self.prepacked.spec
         return f"{spec.in_features}, {spec.out_features}, {spec.scheme.describe()}, backend={self.backend.name}"
+
+
+def linear_together(linears: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Several linears of one x [..., K], each to [..., N]. Packed ones of one backend go there in one call."""
+    packed = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
+    if len(packed) < len(linears) or any(linear.backend is not packed[0].backend for linear in packed):
+        return [linear(x) for linear in linears]
+    parts = [(linear.prepacked, linear._bias(x.dtype)) for linear in packed]
+    results = packed[0].backend.linear_together(x.reshape(-1, x.shape[-1]), parts)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in results]

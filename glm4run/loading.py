@@ -1,36 +1,31 @@
-"""A folder to a model in memory: config, plan, modules on the meta device, packed linears, strict assignment.
-
-The packed tensors are what stays in memory. Each linear is read, repacked for its backend and dropped before the
-next one is read, so loading never holds a second copy of the model.
-"""
+"""A folder to a model in memory: config, device, backend, plan, modules on the meta device, then their tensors."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from glm4run import memory
 from glm4run.cards import Card, match_card
 from glm4run.checkpoint.layouts import linear_shapes, quantized_linears
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig, read_config
-from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
-from glm4run.kernels import Backend, LinearSpec, select_backend
-from glm4run.layers import QuantizedLinear
+from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.kernels import ACTIVATIONS, Activations, Backend, LinearSpec, select_backend
+from glm4run.kernels.cpu.library import native, why_missing
+from glm4run.layer_stack import native_stack
+from glm4run.machine import default_threads
 from glm4run.memory import MemoryPlan, Run
 from glm4run.model import Glm4Model
-from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT, PackedWeight
+from glm4run.ops import choose_ops
+from glm4run.tensor_loading import Progress, TensorLoader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LONG_CONTEXT, LONG_CONTEXT_THETA = 65536, 1e6
 DEFAULT_CONTEXT_WITHOUT_MEMORY = 8192  # where the machine does not say how much memory is free
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,22 @@ class LoadedWeights:
     plan: MemoryPlan
     memory_run: Run  # what the plan was made of
     backend: str  # of the packed linears; "dense" where nothing is packed
+    backend_detail: str  # the kernels that it runs here
     backend_reason: str
     notices: tuple[str, ...]
+
+
+def use_threads(count: int | None) -> None:
+    """Sets the threads of torch and of the native library.
+
+    None leaves torch's own number, unless that is more than the process may use at once: in a container torch counts
+    the machine's cores, and threads beyond the quota only wait for each other.
+    """
+    usable = default_threads()
+    if count is not None or torch.get_num_threads() > usable:
+        torch.set_num_threads(count or usable)
+    if why_missing() is None:
+        native().g4_set_threads(count or usable)
 
 
 def choose_device(name: str) -> torch.device:
@@ -86,6 +95,8 @@ def load_weights(
     device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
+    activations: Activations = "auto",
+    threads: int | None = None,
     context_len: int | None = None,
     rope_theta: float | None = None,
     yarn: str = "auto",
@@ -97,6 +108,9 @@ def load_weights(
         CheckpointError: anything wrong with the files. DoesNotFitError: the context or the memory is exceeded.
         BackendError: the named backend cannot run this model. UsageError: a wrong option.
     """
+    if activations not in ACTIVATIONS:
+        raise UsageError(f"activations are {activations!r}", hint=f"one of: {', '.join(ACTIVATIONS)}")
+    use_threads(threads)
     config = read_config(folder)
     card = match_card(config, name=folder.name)
     config, notices = adapt_config(config, card, context_len=context_len, rope_theta=rope_theta, yarn=yarn)
@@ -104,7 +118,7 @@ def load_weights(
     compute = choose_dtype(dtype, target, config)
     shapes = linear_shapes(config)
     specs = {
-        module: LinearSpec(*shapes[module], scheme, target, input_dtype(module, compute))
+        module: LinearSpec(*shapes[module], scheme, target, input_dtype(module, compute), activations)
         for module, scheme in quantized_linears(config).items()
     }
     chosen, reason = _choose_backend(backend, specs)
@@ -112,11 +126,18 @@ def load_weights(
         run = planned_run(reader, config, specs, chosen, target, compute)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
-            model = Glm4Model(config, dtype=compute)
-        _Loader(reader, model, target, compute, chosen, progress).run(specs)
+            model = Glm4Model(config, dtype=compute, ops=choose_ops(backend))
+        TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
     model.eval().requires_grad_(False)
+    model.stack = native_stack(model)
     return LoadedWeights(
-        model, plan, run, "dense" if chosen is None else chosen.name, reason, (*config.notices, *notices)
+        model,
+        plan,
+        run,
+        backend="dense" if chosen is None else chosen.name,
+        backend_detail="dense" if chosen is None else chosen.describe(),
+        backend_reason=reason,
+        notices=(*config.notices, *notices),
     )
 
 
@@ -202,16 +223,6 @@ def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and joins_residual else dtype
 
 
-def _kept_dtype(module: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """The embedding stays as stored; norms are float32, in which they are computed; all else is in `dtype`.
-
-    `memory.weights.kept_element_bytes` plans by the same rule.
-    """
-    if module == "model.embed_tokens":
-        return stored
-    return torch.float32 if module.endswith("norm") else dtype
-
-
 def _choose_backend(name: str, specs: dict[str, LinearSpec]) -> tuple[Backend | None, str]:
     if not specs:
         if name != "auto":
@@ -221,82 +232,3 @@ def _choose_backend(name: str, specs: dict[str, LinearSpec]) -> tuple[Backend | 
             )
         return None, "nothing is packed"
     return select_backend(name, specs.values())
-
-
-class _Loader:
-    """Moves the tensors of one checkpoint into one model."""
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        model: Glm4Model,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: Backend | None,
-        progress: Progress | None,
-    ) -> None:
-        self.reader, self.model, self.device, self.dtype = reader, model, device, dtype
-        self.backend, self.progress = backend, progress
-        self.total = sum(source.nbytes for source in reader.sources.values())
-        self.done = 0
-
-    def run(self, specs: dict[str, LinearSpec]) -> None:
-        for module, spec in specs.items():
-            self._put_packed(module, spec)
-        for name in self.reader.sources:
-            module = name.rpartition(".")[0]
-            if module not in specs:
-                self._put_dense(name)
-        if self.model.config.tie_word_embeddings:
-            shared = self.model.model.embed_tokens.weight.to(self.dtype)
-            self.model.lm_head.weight = nn.Parameter(shared, requires_grad=False)
-        left = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta]
-        assert not left, f"not loaded: {left}"  # the reader has accounted for every tensor
-
-    def _read(self, name: str) -> Tensor:
-        tensor = self.reader.read(name)
-        self.done += self.reader.sources[name].nbytes
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-        return tensor
-
-    def _read_finite(self, name: str) -> Tensor:
-        tensor = self._read(name)
-        if not torch.isfinite(tensor).all():
-            file = self.reader.sources[name].entry.file
-            raise CheckpointError(
-                f"{file.name}: {name} holds NaN or infinity", hint="the file is damaged: get it again"
-            )
-        return tensor
-
-    def _put_packed(self, module: str, spec: LinearSpec) -> None:
-        out_features, in_features, scheme = spec.out_features, spec.in_features, spec.scheme
-        shape = self._read(f"{module}.{SHAPE}").tolist()
-        if shape != [out_features, in_features]:
-            raise CheckpointError(
-                f"{module}.{SHAPE} says {shape}, config.json says {[out_features, in_features]}",
-                hint="the folder mixes files of two models",
-            )
-        zero_point = None if scheme.symmetric else self._read(f"{module}.{ZERO_POINT}").to(self.device)
-        weight = PackedWeight(
-            packed=self._read(f"{module}.{PACKED}").to(self.device),
-            scale=self._read_finite(f"{module}.{SCALE}").to(self.device),
-            zero_point=zero_point,
-            out_features=out_features,
-            in_features=in_features,
-            scheme=scheme,
-        )
-        assert self.backend is not None
-        prepacked = self.backend.prepack(weight, spec)
-        bias_name = f"{module}.bias"
-        bias = None
-        if bias_name in self.reader.sources:
-            bias = self._read_finite(bias_name).to(self.device, self.dtype)
-        self.model.set_submodule(module, QuantizedLinear(prepacked, self.backend, bias))
-
-    def _put_dense(self, name: str) -> None:
-        module, _, parameter = name.rpartition(".")
-        vector = len(self.reader.sources[name].shape) == 1
-        tensor = self._read_finite(name) if vector else self._read(name)
-        tensor = tensor.to(_kept_dtype(module, tensor.dtype, self.dtype))
-        setattr(self.model.get_submodule(module), parameter, nn.Parameter(tensor.to(self.device), requires_grad=False))

@@ -6,25 +6,37 @@ one block: the 0414 members (`glm4`) norm each branch once more before it joins 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glm4run.attention import grouped_query_attention
 from glm4run.config import ModelConfig
 from glm4run.kv_cache import KVCache
-from glm4run.layers import Embedding, Linear, RMSNorm
-from glm4run.rope import Rope, apply_rope
+from glm4run.layers import Embedding, Linear, RMSNorm, linear_together
+from glm4run.ops import Ops, split_heads
+from glm4run.rope import Rope
+
+
+class LayerStack(Protocol):
+    """All blocks in one call, for up to `max_tokens` new tokens, with the results of the blocks one after the other."""
+
+    max_tokens: int
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor], position: int
+    ) -> Tensor:
+        """The residual x [T, hidden] to the next one; the new keys and values go into the cache at `position`."""
+        ...
 
 
 class Attention(nn.Module):
     """q, k, v with bias, partial RoPE, grouped-query attention, output projection."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self.layer = layer
+        self.ops = ops
         self.head_dim = config.head_dim
         hidden, bias = config.hidden_size, config.attention_bias
         query_width = config.num_attention_heads * config.head_dim
@@ -36,45 +48,42 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, branch: torch.dtype) -> Tensor:
         """x [..., T, hidden] to [..., T, hidden] in dtype `branch`; `rope` is cos and sin of the T positions."""
-        query = apply_rope(self._heads(self.q_proj(x)), *rope)
-        key = apply_rope(self._heads(self.k_proj(x)), *rope)
-        value = self._heads(self.v_proj(x))
+        query, key, value = linear_together((self.q_proj, self.k_proj, self.v_proj), x)
+        query = self.ops.rope(query, self.head_dim, *rope)
+        key = self.ops.rope(key, self.head_dim, *rope)
+        value = split_heads(value, self.head_dim)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)
-        out: Tensor = self.o_proj(grouped_query_attention(query, key, value).to(branch))
+        out: Tensor = self.o_proj(self.ops.attention(query, key, value).to(branch))
         return out
-
-    def _heads(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)
-        return heads  # [..., heads, T, D]
 
 
 class MLP(nn.Module):
     """SwiGLU with one fused projection: the first half of its rows is the gate, the second half goes up."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, branch: torch.dtype) -> Tensor:
         """x [..., T, hidden] to [..., T, hidden] in dtype `branch`, in which the product of the halves is taken."""
-        gate, up = self.gate_up_proj(x).to(branch).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(self.ops.silu_mul(self.gate_up_proj(x).to(branch)))
         return out
 
 
 class DecoderLayer(nn.Module):
     """One transformer block; with sandwich norms where the configuration has them."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
 
         def norm() -> RMSNorm:
-            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, ops.rms_norm)
 
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.self_attn = Attention(config, layer, ops)
+        self.mlp = MLP(config, ops)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         self.post_self_attn_layernorm = norm() if config.has_sandwich_norms else nn.Identity()
@@ -92,28 +101,30 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, ops) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops.rms_norm)
 
 
 class Glm4Model(nn.Module):
     """A GLM-4-family causal language model.
 
     `dtype` is what the linears compute in. The residual stream has the same dtype, except that fp16 keeps it (and
-    what is added to it) in float32: this family's activations pass fp16's 65504 in deep layers.
+    what is added to it) in float32: this family's activations pass fp16's 65504 in deep layers. `ops` computes what
+    lies between the linears; torch does where it is None.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.residual_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.rope = Rope(config)
-        self.model = Decoder(config)
+        self.model = Decoder(config, ops or Ops())
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.stack: LayerStack | None = None
 
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [..., T] to the normed hidden states [..., T, hidden].
@@ -124,8 +135,12 @@ class Glm4Model(nn.Module):
         start = 0 if cache is None else cache.position
         rope = self.rope.cos_sin(start, count, ids.device)
         x = self.model.embed_tokens(ids).to(self.residual_dtype)
-        for layer in self.model.layers:
-            x = layer(x, rope, cache, self.dtype)
+        if self.stack is not None and cache is not None and ids.ndim == 1 and count <= self.stack.max_tokens:
+            cache.require(count)
+            x = self.stack.run(x, *rope, cache.keys, cache.values, start)
+        else:
+            for layer in self.model.layers:
+                x = layer(x, rope, cache, self.dtype)
         if cache is not None:
             cache.advance(count)
         normed: Tensor = self.model.norm(x).to(self.dtype)

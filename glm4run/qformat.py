@@ -79,6 +79,21 @@ class PackedWeight:
             yield ZERO_POINT, self.zero_point
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    def whole(self) -> PackedWeight:
+        """This weight: it is in memory."""
+        return self
+
+    def side_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and packed zero points."""
+        return self.scale, self.zero_point
+
+    def location(self) -> None:
+        """Not in a file."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed values, scales and zero points."""
         tensors = (self.packed, self.scale, *(() if self.zero_point is None else (self.zero_point,)))

@@ -17,11 +17,12 @@ from glm4run.kernels import LinearSpec
 from glm4run.kernels.torch_ops import TorchBackend
 from glm4run.kv_cache import KVCache
 from glm4run.layers import QuantizedLinear
-from glm4run.loading import _Loader, input_dtype
+from glm4run.loading import input_dtype
 from glm4run.memory import Stored, stored_tensors
 from glm4run.model import Glm4Model
 from glm4run.qformat import SHAPE
 from glm4run.quant_config import QuantScheme
+from glm4run.tensor_loading import TensorLoader
 
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -74,9 +75,15 @@ class MemoryTrace(TorchDispatchMode):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Entry:
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
 class _Source:
     nbytes: int
     shape: tuple[int, ...]
+    entry: _Entry
 
 
 class _MetaReader:
@@ -84,7 +91,7 @@ class _MetaReader:
 
     def __init__(self, config: ModelConfig, stored: Stored) -> None:
         self.stored, self.config = stored, config
-        self.sources = {name: _Source(0, shape) for name, (_, shape) in stored.items()}
+        self.sources = {name: _Source(0, shape, _Entry(dtype)) for name, (dtype, shape) in stored.items()}
 
     def read(self, name: str) -> Tensor:
         dtype, shape = self.stored[name]
@@ -95,9 +102,9 @@ class _MetaReader:
         return torch.empty(shape, dtype=STORED[dtype], device=META)
 
 
-class _MetaLoader(_Loader):
-    def _read_finite(self, name: str) -> Tensor:
-        return self._read(name)
+class _MetaLoader(TensorLoader):
+    def check_finite(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 def meta_model(config: ModelConfig, schemes: Mapping[str, QuantScheme], dtype: str) -> Glm4Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.filesize import decimal
@@ -16,11 +16,15 @@ from glm4run.memory import parse_size
 from glm4run.model_folders import FoundModel, chat_dialect, find_model
 
 if TYPE_CHECKING:
+    from glm4run import kernels
     from glm4run.generate import LoadedModel
     from glm4run.sampling import SamplingParams
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Backend = Annotated[str, typer.Option(help="Kernels of packed linears: auto, torch or reference")]
+Backend = Annotated[str, typer.Option(help="Kernels of packed linears: auto, native, torch or reference")]
+Activations = Annotated[
+    str, typer.Option(help="How activations meet packed weights: auto, int8 (fastest), int16 or bf16 (as they are)")
+]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 or fp32")]
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
@@ -39,14 +43,14 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
 
 
-def parse_context(text: str | None) -> int | None:
-    """`--ctx` as tokens."""
+def parse_context(text: str | None, option: str = "--ctx") -> int | None:
+    """The value of `--ctx`, or of another option that takes a number of tokens."""
     if text is None:
         return None
     try:
         return parse_size(text)
     except ValueError:
-        raise UsageError(f"--ctx {text!r} is not a size", hint="a number of tokens: 8192, 8k or 128k") from None
+        raise UsageError(f"{option} {text!r} is not a size", hint="a number of tokens: 8192, 8k or 128k") from None
 
 
 def load(
@@ -54,6 +58,7 @@ def load(
     *,
     device: str,
     backend: str,
+    activations: str,
     dtype: str,
     ctx: str | None,
     threads: int | None,
@@ -71,17 +76,15 @@ def load(
         require_chat(found)
     if found.why:
         note(f"model: {found.name} ({found.why}; {found.folder})")
-    import torch
-
     from glm4run import load_model
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     with byte_progress(f"loading {found.name}") as progress:
         loaded = load_model(
             found.folder,
             device=device,
             backend=backend,
+            activations=cast("kernels.Activations", activations),
+            threads=threads,
             dtype=dtype,
             context_len=context_len,
             rope_theta=rope_theta,
@@ -108,7 +111,7 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     note(
         f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "
-        f"backend {loaded.backend} ({loaded.backend_reason}), "
+        f"backend {loaded.backend_detail} ({loaded.backend_reason}), "
         f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
     )
     for notice in loaded.notices:

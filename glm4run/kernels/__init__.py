@@ -7,10 +7,10 @@ To add one: a module with a class that has these members, and a line in `_BACKEN
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from torch import Tensor
 from glm4run.errors import BackendError, UsageError
 from glm4run.qformat import PackedWeight
 from glm4run.quant_config import QuantScheme
+
+# How activations meet a packed weight: rounded to int8 or int16 on the fly, which is faster on a CPU, or left as they
+# are (bf16, or whatever float dtype the model computes in).
+Activations = Literal["auto", "int8", "int16", "bf16"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class LinearSpec:
     scheme: QuantScheme
     device: torch.device
     dtype: torch.dtype
+    activations: Activations = "auto"
 
 
 class Prepacked(Protocol):
@@ -38,6 +44,34 @@ class Prepacked(Protocol):
     def spec(self) -> LinearSpec: ...
     @property
     def nbytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Where the packed values of a weight lie: consecutive rows from byte `offset` of an open file."""
+
+    descriptor: int
+    offset: int
+    name: str  # for messages
+
+
+class WeightSource(Protocol):
+    """A packed weight that may still lie in its file. `PackedWeight` is one that does not."""
+
+    @property
+    def scale_dtype(self) -> torch.dtype: ...
+
+    def whole(self) -> PackedWeight:
+        """All of it, in memory."""
+        ...
+
+    def side_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and packed zero points alone."""
+        ...
+
+    def location(self) -> FileRange | None:
+        """Where the packed values are, for a backend that reads them itself; None where they are in memory."""
+        ...
 
 
 class Backend(Protocol):
@@ -50,21 +84,30 @@ class Backend(Protocol):
         """None if this backend can run `spec` on this machine, else the reason in one clause."""
         ...
 
+    def describe(self) -> str:
+        """The name, and which kernels it really runs on this machine."""
+        ...
+
     def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
         """What `prepack` will keep of a weight whose packed values, scales and zero points take `stored_bytes`."""
         ...
 
-    def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Prepacked:
-        """Arranges a weight for `linear`. May keep the tensors of `weight`, or drop them."""
+    def prepack(self, weight: WeightSource, spec: LinearSpec) -> Prepacked:
+        """Arranges a weight for `linear`. May keep the tensors of `weight.whole()`, or drop them."""
         ...
 
-    def linear(self, x: Tensor, weight: Prepacked) -> Tensor:
-        """x [M, K] times the weight's transpose: [M, N] in the dtype of x."""
+    def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] times the weight's transpose, plus bias [N] (in the dtype of x): [M, N] in the dtype of x."""
+        ...
+
+    def linear_together(self, x: Tensor, parts: Sequence[tuple[Prepacked, Tensor | None]]) -> list[Tensor]:
+        """`linear` of one x with several weights and their biases."""
         ...
 
 
 # Name to where it lives, best first: `auto` takes the first that can run every linear of a model.
 _BACKENDS = {
+    "native": ("glm4run.kernels.cpu.backend", "NativeBackend"),
     "torch": ("glm4run.kernels.torch_ops", "TorchBackend"),
     "reference": ("glm4run.kernels.reference", "ReferenceBackend"),
 }

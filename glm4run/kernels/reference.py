@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm4run.kernels import LinearSpec, Prepacked
+from glm4run.kernels import LinearSpec, Prepacked, WeightSource
 from glm4run.qformat import PackedWeight, dequantize
 
 
@@ -29,15 +30,22 @@ class ReferenceBackend:
     name = "reference"
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
-        return None
+        return "activations stay as they are in it" if spec.activations in ("int8", "int16") else None
+
+    def describe(self) -> str:
+        return "reference"
 
     def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
         return stored_bytes
 
-    def prepack(self, weight: PackedWeight, spec: LinearSpec) -> ReferenceWeight:
-        return ReferenceWeight(weight, spec)
+    def prepack(self, weight: WeightSource, spec: LinearSpec) -> ReferenceWeight:
+        return ReferenceWeight(weight.whole(), spec)
 
-    def linear(self, x: Tensor, weight: Prepacked) -> Tensor:
+    def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
         """[M, K] to [M, N]; the dense weight [N, K] lives for the length of the call."""
         assert isinstance(weight, ReferenceWeight)
-        return F.linear(x, dequantize(weight.weight, x.dtype))
+        y = F.linear(x, dequantize(weight.weight, x.dtype))
+        return y if bias is None else y + bias
+
+    def linear_together(self, x: Tensor, parts: Sequence[tuple[Prepacked, Tensor | None]]) -> list[Tensor]:
+        return [self.linear(x, weight, bias) for weight, bias in parts]

@@ -7,13 +7,14 @@ exists and never travels through memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm4run.kernels import LinearSpec, Prepacked
+from glm4run.kernels import LinearSpec, Prepacked, WeightSource
 from glm4run.qformat import PackedWeight, dequantize, num_groups, unpack_unsigned, unpack_zero_points
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
@@ -56,7 +57,12 @@ class TorchBackend:
     name = "torch"
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
+        if spec.activations in ("int8", "int16"):
+            return "activations stay as they are in it"
         return None if spec.device.type in ("cpu", "cuda") else f"it has no kernels for {spec.device.type}"
+
+    def describe(self) -> str:
+        return f"torch {torch.__version__}"
 
     def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
         if not _int4_kernel_runs(spec):
@@ -64,14 +70,22 @@ class TorchBackend:
         scale_and_zero = 2 * torch.bfloat16.itemsize * spec.out_features * num_groups(spec.in_features, spec.scheme)
         return spec.out_features * spec.in_features // 2 + scale_and_zero
 
-    def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Int4PackedWeight | TiledWeight:
+    def prepack(self, weight: WeightSource, spec: LinearSpec) -> Int4PackedWeight | TiledWeight:
         if _int4_kernel_runs(spec):
-            return _prepack_int4(weight, spec)
+            return _prepack_int4(weight.whole(), spec)
         tile_bytes = CUDA_TILE_BYTES if spec.device.type == "cuda" else CPU_TILE_BYTES
-        return TiledWeight(weight, max(16, tile_bytes // (4 * spec.in_features)), spec)
+        return TiledWeight(weight.whole(), max(16, tile_bytes // (4 * spec.in_features)), spec)
 
-    def linear(self, x: Tensor, weight: Prepacked) -> Tensor:
-        """[M, K] to [M, N]. Source of w: `Int4PackedWeight` or `TiledWeight`."""
+    def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
+        """[M, K] to [M, N]."""
+        y = self._multiply(x, weight)
+        return y if bias is None else y + bias
+
+    def linear_together(self, x: Tensor, parts: Sequence[tuple[Prepacked, Tensor | None]]) -> list[Tensor]:
+        return [self.linear(x, weight, bias) for weight, bias in parts]
+
+    def _multiply(self, x: Tensor, weight: Prepacked) -> Tensor:
+        """Source of w: `Int4PackedWeight` or `TiledWeight`."""
         if isinstance(weight, Int4PackedWeight):
             op = torch.ops.aten
             call = op._weight_int4pack_mm if x.is_cuda else op._weight_int4pack_mm_for_cpu

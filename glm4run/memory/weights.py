@@ -120,7 +120,7 @@ def plan_weights(
         parts = sum(_nbytes(stored[f"{module}.{s}"]) for s in (PACKED, SCALE, ZERO_POINT) if f"{module}.{s}" in stored)
         linear, kernel = linears[module], kernels[module]
         nbytes = kept_bytes(linear, kernel, DTYPE_BYTES[dtype], parts)
-        beside = parts if kernel in ("int4", "native") else 0
+        beside = parts if kernel == "int4" else 0  # the native library reads the file itself, piece by piece
         kept.append(Kept(module, nbytes, scale_bytes(linear, kernel, nbytes), beside))
     for name, (stored_dtype, shape) in stored.items():
         module, _, suffix = name.rpartition(".")

@@ -219,9 +219,9 @@ def _mlp_branch(ledger: _Ledger, compute: Compute, tokens: int) -> None:
         ledger.rename("widened", "gate and up")
     ledger.hold("swiglu", silu=width * element)
     ledger.hold("swiglu", product=width * element)
-    ledger.drop("silu")
+    ledger.drop("silu", "gate and up")
     _linear(ledger, compute, "down_proj", tokens, "mlp branch", element=element)
-    ledger.drop("gate and up", "product", "normed", "branch")
+    ledger.drop("product", "normed", "branch")
     if config.has_sandwich_norms:
         _norm(ledger, "post_mlp_layernorm", tokens, compute)
     ledger.hold("residual", **{"next residual": tokens * config.hidden_size * element})

@@ -84,8 +84,8 @@ def choose_recipe(
     """
     if bits not in (4, 8):
         raise UsageError(f"{bits} bits were asked for", hint="4 or 8")
-    if head_bits not in (8, 16):
-        raise UsageError(f"{head_bits} bits were asked for lm_head", hint="8 or 16 (dense)")
+    if head_bits not in (4, 8, 16):
+        raise UsageError(f"{head_bits} bits were asked for lm_head", hint="4, 8 or 16 (dense)")
     widths = {module: in_features for module, (_, in_features) in linear_shapes(config).items()}
     if head_bits == 16:
         widths.pop(HEAD, None)  # a tied head is the embedding, and has no width of its own
@@ -101,14 +101,14 @@ def choose_recipe(
         chosen[kind] = _largest_dividing(in_features, wanted[kind], kind)
         if chosen[kind] != wanted[kind]:
             notices.append(f"{kind}: group size {chosen[kind]}, as {wanted[kind]} does not divide {in_features}")
-    return _as_recipe(bits, group_size, chosen), notices
+    return _as_recipe(bits, group_size, head_bits, chosen), notices
 
 
-def _as_recipe(bits: int, group_size: int | None, chosen: Mapping[str, int]) -> Recipe:
+def _as_recipe(bits: int, group_size: int | None, head_bits: int, chosen: Mapping[str, int]) -> Recipe:
     common = chosen["o_proj"]
     rules = []
     if HEAD in chosen:
-        rules.append(Rule(HEAD, QuantScheme(8, chosen[HEAD])))
+        rules.append(Rule(HEAD, QuantScheme(head_bits, chosen[HEAD])))
     for kind in ("qkv", "gate_up_proj", "down_proj"):
         if chosen[kind] != common:
             # q, k and v share one scheme: engines that fuse them require it.
@@ -117,7 +117,8 @@ def _as_recipe(bits: int, group_size: int | None, chosen: Mapping[str, int]) -> 
     rules.append(Rule("Linear", QuantScheme(bits, common)))
     name = f"int{bits}" if group_size is None else f"int{bits}-g{group_size}"
     packed_head = HEAD in chosen
-    return Recipe(name if packed_head else f"{name}-head16", tuple(rules), () if packed_head else (HEAD,))
+    suffix = "" if packed_head and head_bits == 8 else f"-head{head_bits if packed_head else 16}"
+    return Recipe(name + suffix, tuple(rules), () if packed_head else (HEAD,))
 
 
 def _kinds(widths: Mapping[str, int]) -> dict[str, int]:

@@ -178,12 +178,15 @@ def test_unknown_backend_is_an_error(packed: Path) -> None:
 
 def test_named_backend_never_falls_back_and_auto_says_why(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from glm4run.kernels import torch_ops
+    from glm4run.kernels.cpu import backend
 
     monkeypatch.setattr(torch_ops.TorchBackend, "why_unavailable", lambda self, spec: "it is Sunday")
     with pytest.raises(BackendError, match="it is Sunday"):
         load_model(packed, backend="torch")
+    monkeypatch.setattr(backend.NativeBackend, "why_unavailable", lambda self, spec: "it is broken")
     loaded = load_model(packed)
-    assert (loaded.backend, loaded.backend_reason) == ("reference", "torch cannot: it is Sunday")
+    assert loaded.backend == "reference"
+    assert loaded.backend_reason == "native cannot: it is broken; torch cannot: it is Sunday"
     assert isinstance(loaded.model.lm_head, QuantizedLinear)
     assert isinstance(loaded.model.lm_head.backend, reference.ReferenceBackend)
 

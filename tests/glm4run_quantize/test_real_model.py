@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from glm4run import LoadedModel, load_model
+from glm4run.kernels import Activations
 from glm4run_quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -102,9 +103,25 @@ def test_two_layouts_give_equal_logits(make: Make, text: str) -> None:
 
 def test_int8_keeps_the_perplexity(make: Make, text: str, dense_perplexity: float, tmp_path: Path) -> None:
     quantize_checkpoint(make("chatglm"), tmp_path / "packed", bits=8, group_size=64)
-    packed = load(tmp_path / "packed")
-    assert packed.backend == "torch"
-    assert perplexity(packed, text) == pytest.approx(dense_perplexity, rel=0.01)
+    assert perplexity(load(tmp_path / "packed"), text) == pytest.approx(dense_perplexity, rel=0.01)
+
+
+def test_native_int4_adds_little_to_what_quantization_costs(make: Make, text: str, tmp_path: Path) -> None:
+    """KL divergence to the source, over 256 tokens; docs/quality.md has more, by benchmarks/activation_loss.py."""
+    quantize_checkpoint(make("glm"), tmp_path / "packed", bits=4)
+    source = load(make("glm"))
+    ids = source.tokenizer.encode(text)[:256]
+    exact = F.log_softmax(source.logits(ids).double(), dim=-1)
+
+    def divergence(backend: str, activations: Activations) -> float:
+        model = load_model(tmp_path / "packed", dtype="fp32", context_len=256, backend=backend, activations=activations)
+        ours = F.log_softmax(model.logits(ids).double(), dim=-1)
+        return float((exact.exp() * (exact - ours)).sum(-1).mean())
+
+    reference = divergence("reference", "auto")
+    assert divergence("native", "int8") == pytest.approx(reference, rel=0.04)
+    assert divergence("native", "int16") == pytest.approx(reference, rel=0.002)
+    assert divergence("native", "bf16") == pytest.approx(reference, rel=0.001)
 
 
 def test_bf16_keeps_the_perplexity(make: Make, text: str) -> None:

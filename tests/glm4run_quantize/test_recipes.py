@@ -84,6 +84,9 @@ def test_asked_group_size_is_everywhere(bits: int, group_size: int) -> None:
 
 
 def test_dense_head() -> None:
+    small, _ = choose_recipe(NINE_B, 4, group_size=128, head_bits=4)
+    assert small.name == "int4-g128-head4"
+    assert set(small.schemes(NINE_B).values()) == {QuantScheme(4, 128)}
     recipe, _ = choose_recipe(NINE_B, 4, head_bits=16)
     assert (recipe.name, recipe.ignore) == ("int4-head16", ("lm_head",))
     assert "lm_head" not in recipe.schemes(NINE_B)
@@ -127,7 +130,7 @@ def test_width_that_nothing_divides_is_an_error() -> None:
         choose_recipe(config_of(intermediate_size=100), 4)
 
 
-@pytest.mark.parametrize(("bits", "head_bits"), [(3, 8), (16, 8), (0, 8), (4, 4), (4, 0)])
+@pytest.mark.parametrize(("bits", "head_bits"), [(3, 8), (16, 8), (0, 8), (4, 2), (4, 0)])
 def test_other_bits_are_usage_errors(bits: int, head_bits: int) -> None:
     with pytest.raises(UsageError, match="bits were asked"):
         choose_recipe(NINE_B, bits, head_bits=head_bits)

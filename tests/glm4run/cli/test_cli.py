@@ -380,7 +380,9 @@ def test_model_options_reach_the_model(ask: Run, models: Path) -> None:
     assert "torch.bfloat16" not in ask().err and "float32 on cpu" in ask().err
     assert "bfloat16 on cpu" in ask("--dtype", "bf16", "--max-tokens", "1").err
     assert "backend reference (asked for)" in ask("--backend", "reference", model="small").err
-    assert "backend torch (asked for)" in ask("--backend", "torch", model="small").err
+    assert f"backend torch {torch.__version__} (asked for)" in ask("--backend", "torch", model="small").err
+    assert "backend native (" in ask("--backend", "native", "--activations", "bf16", model="small").err
+    assert ask("--activations", "int3", model="small").code == 2
     assert ask("--device", "cpu", "--yarn", "off").code == 0
     assert ask("--rope-theta", "2", "--json").json()["token_ids"] != ask("--json").json()["token_ids"]
     before = torch.get_num_threads()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,76 +12,56 @@ from torch import Tensor
 
 from glm4run import kernels
 from glm4run.errors import BackendError, UsageError
-from glm4run.kernels import BACKEND_NAMES, Backend, LinearSpec, Prepacked, load_backend, select_backend
+from glm4run.kernels import (
+    BACKEND_NAMES,
+    Activations,
+    Backend,
+    LinearSpec,
+    Prepacked,
+    WeightSource,
+    load_backend,
+    select_backend,
+)
 from glm4run.kernels.reference import ReferenceBackend, ReferenceWeight
 from glm4run.kernels.torch_ops import Int4PackedWeight, TiledWeight, TorchBackend
 from glm4run.layers import QuantizedLinear
-from glm4run.qformat import PackedWeight, num_groups, pack, pack_zero_points
+from glm4run.qformat import PackedWeight, pack
 from glm4run.quant_config import QuantScheme
+from tests.packed_cases import assert_close, inputs_with_outliers, make_case
 
 CPU = torch.device("cpu")
 BATCHES = (1, 2, 7, 16, 33)
 # N, K. 13696 = 107 x 128 is the family's odd one; N odd, N one tile of torch's int4 kernel, N many tiles.
 SHAPES = ((16, 128), (33, 256), (48, 13696), (5, 13696), (600, 384))
 
-# Relative Frobenius error, and max-abs error relative to the largest output. fp32: 13696 products summed in some order.
-# bf16: rounding the output costs 2^-9 at most; bf16 weights (the reference) or bf16 zeros (torch's int4) as much again.
-TOLERANCE = {torch.float32: (4e-6, 4e-6), torch.bfloat16: (7e-3, 8e-3)}
-
 each_backend = pytest.mark.parametrize("name", BACKEND_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@dataclass(frozen=True)
-class Case:
-    """A packed weight, and in float64 what it stands for, computed from its parts without `qformat`."""
-
-    weight: PackedWeight
-    dense: Tensor
-
-
-def make_case(N: int, K: int, scheme: QuantScheme, scale_dtype: torch.dtype, seed: int = 0) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-    half, G = 1 << (scheme.bits - 1), num_groups(K, scheme)
-    q = torch.randint(-half, half, (N, K), generator=generator, dtype=torch.int8)
-    # Scales over three orders of magnitude: a scale that goes to the wrong group must show.
-    scale = (10 ** (torch.rand(N, G, generator=generator) * 3 - 3)).to(scale_dtype)
-    centred, zero_point = q.double().reshape(N, G, K // G), None
-    if not scheme.symmetric:
-        signed = torch.randint(-half, half, (N, G), generator=generator, dtype=torch.int8)
-        centred = centred - signed.double()[..., None]
-        zero_point = pack_zero_points(signed, scheme.bits)
-    dense = (centred * scale.double()[..., None]).reshape(N, K)
-    return Case(PackedWeight(pack(q, scheme.bits), scale, zero_point, N, K, scheme), dense)
+def spec_of(
+    N: int = 32,
+    K: int = 128,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    activations: Activations = "auto",
+) -> LinearSpec:
+    return LinearSpec(N, K, QuantScheme(4, 32), torch.device(device), dtype, activations)
 
 
-def inputs_with_outliers(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Signed, with a few channels a hundred times as large as the rest, as language models have them."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(M, K, generator=generator)
-    x[:, torch.randperm(K, generator=generator)[: max(1, K // 100)]] *= 100
-    return x.to(dtype)
+def exact_spec(N: int, K: int, scheme: QuantScheme, dtype: torch.dtype) -> LinearSpec:
+    """Activations as they are: what every backend can do, and the reference for those that round them."""
+    return LinearSpec(N, K, scheme, CPU, dtype, activations="bf16")
 
 
-def assert_close(got: Tensor, x: Tensor, case: Case, dtype: torch.dtype) -> None:
-    """`got` is the product of the first rows of `x`; errors are relative to the products of all of its rows.
-
-    A single row can come out small by cancellation, and its error would then say nothing.
-    """
-    assert got.dtype == dtype
-    exact = x.double() @ case.dense.T
-    M, N = got.shape
-    assert exact.shape[1] == N
-    error = got.double() - exact[:M]
-    frobenius = float(error.square().mean().sqrt() / exact.square().mean().sqrt())
-    max_abs = float(error.abs().max() / exact.abs().max())
-    allowed_frobenius, allowed_max_abs = TOLERANCE[dtype]
-    assert frobenius < allowed_frobenius, f"relative Frobenius error {frobenius:.2e} at M={M}"
-    assert max_abs < allowed_max_abs, f"max-abs error {max_abs:.2e} of the largest output at M={M}"
-
-
-def spec_of(N: int = 32, K: int = 128, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> LinearSpec:
-    return LinearSpec(N, K, QuantScheme(4, 32), torch.device(device), dtype)
+def backend_for(name: str, spec: LinearSpec) -> Backend:
+    """The backend called `name`; skips where it cannot run `spec`, which in CI none may do."""
+    backend = load_backend(name)
+    reason = backend.why_unavailable(spec)
+    if reason is not None:
+        assert not os.environ.get("CI"), f"{name}: {reason}"
+        pytest.skip(f"{name}: {reason}")
+    return backend
 
 
 @each_dtype
@@ -94,23 +75,25 @@ def test_linear_equals_float64(
 ) -> None:
     scheme = QuantScheme(bits, group_size, symmetric)
     case = make_case(N, K, scheme, torch.bfloat16)
-    spec = LinearSpec(N, K, scheme, CPU, dtype)
-    backend = load_backend(name)
-    if backend.why_unavailable(spec) is not None:
-        pytest.skip(f"{name}: {backend.why_unavailable(spec)}")
+    spec = exact_spec(N, K, scheme, dtype)
+    backend = backend_for(name, spec)
     prepacked = backend.prepack(case.weight, spec)
     assert prepacked.spec == spec
+    assert prepacked.nbytes == backend.prepacked_bytes(spec, case.weight.nbytes)
     x = inputs_with_outliers(max(BATCHES), K, dtype)
     for M in BATCHES:
         assert_close(backend.linear(x[:M], prepacked), x, case, dtype)
 
 
 def test_backends_that_must_run_everywhere_do() -> None:
-    """What may skip above: nothing that is built in."""
+    """What may skip above: nothing that needs no compiler."""
     for name, dtype, bits in itertools.product(("torch", "reference"), (torch.float32, torch.bfloat16), (4, 8)):
         for group_size, symmetric in itertools.product((32, 64, 128, None), (True, False)):
-            spec = LinearSpec(33, 256, QuantScheme(bits, group_size, symmetric), CPU, dtype)
-            assert load_backend(name).why_unavailable(spec) is None
+            for spec in (
+                LinearSpec(33, 256, QuantScheme(bits, group_size, symmetric), CPU, dtype),
+                exact_spec(33, 256, QuantScheme(bits, group_size, symmetric), dtype),
+            ):
+                assert load_backend(name).why_unavailable(spec) is None
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
@@ -119,8 +102,9 @@ def test_backends_that_must_run_everywhere_do() -> None:
 def test_scales_of_other_dtypes(name: str, dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     scheme = QuantScheme(4, 32)
     case = make_case(48, 256, scheme, scale_dtype)
-    backend = load_backend(name)
-    prepacked = backend.prepack(case.weight, LinearSpec(48, 256, scheme, CPU, dtype))
+    spec = exact_spec(48, 256, scheme, dtype)
+    backend = backend_for(name, spec)
+    prepacked = backend.prepack(case.weight, spec)
     x = inputs_with_outliers(7, 256, dtype)
     assert_close(backend.linear(x, prepacked), x, case, dtype)
 
@@ -129,9 +113,10 @@ def test_scales_of_other_dtypes(name: str, dtype: torch.dtype, scale_dtype: torc
 def test_fp16_activations(name: str) -> None:
     scheme = QuantScheme(4, 32)
     case = make_case(48, 256, scheme, torch.float16)
-    backend = load_backend(name)
+    spec = exact_spec(48, 256, scheme, torch.float16)
+    backend = backend_for(name, spec)
     x = inputs_with_outliers(7, 256, torch.float16)
-    got = backend.linear(x, backend.prepack(case.weight, LinearSpec(48, 256, scheme, CPU, torch.float16)))
+    got = backend.linear(x, backend.prepack(case.weight, spec))
     exact = x.double() @ case.dense.T
     assert got.dtype == torch.float16
     assert float((got.double() - exact).norm() / exact.norm()) < 1e-3
@@ -142,8 +127,9 @@ def test_fp16_activations(name: str) -> None:
 def test_activations_that_are_no_contiguous_rows(name: str, dtype: torch.dtype) -> None:
     scheme = QuantScheme(4, 32)
     case = make_case(32, 128, scheme, torch.bfloat16)
-    backend = load_backend(name)
-    prepacked = backend.prepack(case.weight, LinearSpec(32, 128, scheme, CPU, dtype))
+    spec = exact_spec(32, 128, scheme, dtype)
+    backend = backend_for(name, spec)
+    prepacked = backend.prepack(case.weight, spec)
     x = inputs_with_outliers(128, 7, dtype).t()
     assert not x.is_contiguous()
     assert_close(backend.linear(x, prepacked), x, case, dtype)
@@ -155,12 +141,69 @@ def test_one_wrong_value_is_seen(name: str) -> None:
     scheme = QuantScheme(4, 32)
     case = make_case(16, 128, scheme, torch.bfloat16)
     case.dense[3, 77] += float(case.weight.scale[3, 77 // 32])
-    backend = load_backend(name)
+    spec = exact_spec(16, 128, scheme, torch.float32)
+    backend = backend_for(name, spec)
     x = torch.zeros(1, 128)
     x[0, 77] = 1.0
-    got = backend.linear(x, backend.prepack(case.weight, LinearSpec(16, 128, scheme, CPU, torch.float32)))
+    got = backend.linear(x, backend.prepack(case.weight, spec))
     with pytest.raises(AssertionError, match="error"):
         assert_close(got, x, case, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@each_dtype
+@each_backend
+def test_bias_joins_the_product(name: str, dtype: torch.dtype, tokens: int) -> None:
+    scheme = QuantScheme(8, 64)
+    case = make_case(37, 128, scheme, torch.bfloat16)
+    spec = exact_spec(37, 128, scheme, dtype)
+    backend = backend_for(name, spec)
+    prepacked = backend.prepack(case.weight, spec)
+    x = inputs_with_outliers(tokens, 128, dtype)
+    bias = torch.linspace(-1000, 1000, 37).to(dtype)
+    got = backend.linear(x, prepacked, bias).double()
+    expected = x.double() @ case.dense.T + bias.double()
+    allowed = 1e-5 if dtype == torch.float32 else 1e-2
+    assert float((got - expected).norm() / expected.norm()) < allowed
+
+
+@each_dtype
+@each_backend
+def test_weights_multiplied_together_give_what_each_gives_alone(name: str, dtype: torch.dtype) -> None:
+    schemes = (QuantScheme(4, 32), QuantScheme(4, 32, symmetric=False), QuantScheme(8, None))
+    x = inputs_with_outliers(5, 128, dtype)
+    for count in (1, 2, 3):
+        parts: list[tuple[Prepacked, Tensor | None]] = []
+        for N, scheme in zip((64, 16, 33), schemes[:count], strict=False):
+            spec = exact_spec(N, 128, scheme, dtype)
+            backend = backend_for(name, spec)
+            prepacked = backend.prepack(make_case(N, 128, scheme, torch.bfloat16, seed=N).weight, spec)
+            parts.append((prepacked, torch.linspace(-9, 9, N).to(dtype) if N != 16 else None))
+        together = backend.linear_together(x, parts)
+        assert len(together) == count
+        for got, (prepacked, bias) in zip(together, parts, strict=True):
+            assert torch.equal(got, backend.linear(x, prepacked, bias))
+
+
+@each_backend
+def test_describe_begins_with_the_name(name: str) -> None:
+    assert backend_for(name, spec_of()).describe().split()[0] == name
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+def test_backends_that_keep_activations_refuse_to_round_them(activations: Activations) -> None:
+    for name in ("torch", "reference"):
+        assert "activations stay as they are" in str(
+            load_backend(name).why_unavailable(spec_of(activations=activations))
+        )
+        with pytest.raises(BackendError, match="activations stay"):
+            select_backend(name, [spec_of(activations=activations)])
+
+
+def test_the_native_backend_rounds_activations_or_keeps_them() -> None:
+    every: tuple[Activations, ...] = ("auto", "int8", "int16", "bf16")
+    for activations in every:
+        backend_for("native", spec_of(activations=activations))
 
 
 # torch's own kernels
@@ -229,11 +272,10 @@ def test_reference_keeps_the_weight_as_it_stands_in_the_file() -> None:
 def test_quantized_linear_takes_any_leading_dimensions_and_adds_its_bias(name: str, leading: tuple[int, ...]) -> None:
     scheme = QuantScheme(4, 32)
     case = make_case(33, 64, scheme, torch.bfloat16)
-    backend = load_backend(name)
+    spec = exact_spec(33, 64, scheme, torch.float32)
+    backend = backend_for(name, spec)
     bias = torch.linspace(-5, 5, 33)
-    linear = QuantizedLinear(
-        backend.prepack(case.weight, LinearSpec(33, 64, scheme, CPU, torch.float32)), backend, bias
-    )
+    linear = QuantizedLinear(backend.prepack(case.weight, spec), backend, bias)
     x = torch.randn(*leading, 64, generator=torch.Generator().manual_seed(0))
     got = linear(x)
     assert got.shape == (*leading, 33)
@@ -257,13 +299,19 @@ class FakeBackend:
         self.asked.append(spec)
         return self.reason if spec.out_features == 32 else None
 
+    def describe(self) -> str:
+        return self.name
+
     def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
         return stored_bytes
 
-    def prepack(self, weight: PackedWeight, spec: LinearSpec) -> Prepacked:
+    def prepack(self, weight: WeightSource, spec: LinearSpec) -> Prepacked:
         raise NotImplementedError
 
-    def linear(self, x: Tensor, weight: Prepacked) -> Tensor:
+    def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def linear_together(self, x: Tensor, parts: Sequence[tuple[Prepacked, Tensor | None]]) -> list[Tensor]:
         raise NotImplementedError
 
 
@@ -300,6 +348,7 @@ def test_a_named_backend_never_falls_back() -> None:
     assert "auto" in caught.value.hint
     backend, reason = select_backend("auto", [spec_of(), spec_of(64, device="meta")])
     assert backend.name == "reference"
+    assert "native cannot" in reason
     assert "torch cannot" in reason
     assert "meta" in reason
 

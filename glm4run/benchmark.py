@@ -1,0 +1,269 @@
+"""How fast a loaded model runs, beside what the machine's memory allows.
+
+Decoding reads every weight once for each token, so that the read bandwidth divided by the bytes of a token bounds it.
+The bandwidth is measured in the same run: on a shared machine a figure of another day means little.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.generate import LoadedModel
+from glm4run.kernels.cpu.library import native, why_missing
+from glm4run.layers import QuantizedLinear
+from glm4run.machine import default_threads
+from glm4run.memory import PREFILL_CHUNK, available_ram_bytes
+from glm4run.steps import Context
+
+READ_BYTES = 1 << 30  # far beyond any cache
+PREFETCH_DISTANCES = (0, 256, 512, 1024, 2048, 4096)  # bytes ahead
+READ_REPEATS = 3
+DENSE_PROBE_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Reading memory in one stream per thread: the best of all thread counts and prefetch distances, each a median."""
+
+    best_gb_per_s: float
+    threads: int
+    prefetch_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `bytes_per_token` is what a token must read: weights (shared by a chunk's tokens) and cache."""
+
+    test: str  # pp128: prefill of 128 tokens, tg32: 32 decoded tokens
+    depth: int  # tokens in the cache before it
+    tok_per_s: float
+    bytes_per_token: int
+    backend: str
+    fraction_of_bandwidth: float | None  # None where there is nothing to compare with
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.tok_per_s * self.bytes_per_token / 1e9
+
+
+class ReadProbe:
+    """Memory to read through, and how fast that goes. A context manager: the memory is given back at its end."""
+
+    def __init__(self) -> None:
+        free = available_ram_bytes()
+        self.nbytes = READ_BYTES if free is None or free > 4 * READ_BYTES else READ_BYTES // 8
+        self.library = native() if why_missing() is None else None
+        self.tensor: Tensor | None = None
+        self.address = 0
+        if self.library is None:
+            self.tensor = torch.ones(self.nbytes // 8, dtype=torch.int64)
+            return
+        self.address = self.library.g4_allocate(self.nbytes) or 0
+        if not self.address:
+            raise DoesNotFitError(f"{self.nbytes} bytes to read through were refused", hint="close other programs")
+        ctypes.memset(self.address, 1, self.nbytes)  # pages that were never written share one page of zeros
+
+    def __enter__(self) -> ReadProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.library is not None:
+            self.library.g4_free(self.address, self.nbytes)
+
+    def best(self) -> Bandwidth:
+        """The best of all thread counts and prefetch distances. Takes a second or two."""
+        if self.library is None:
+            return Bandwidth(self._median_gb_per_s(torch.get_num_threads(), 0), torch.get_num_threads(), 0)
+        most = max(default_threads(), self.library.g4_threads())
+        found = [
+            Bandwidth(self._median_gb_per_s(threads, distance), threads, distance)
+            for threads in range(1, most + 1)
+            for distance in PREFETCH_DISTANCES
+        ]
+        return max(found, key=lambda bandwidth: bandwidth.best_gb_per_s)
+
+    def gb_per_s(self, threads: int, prefetch_bytes: int) -> float:
+        """One pass over the memory."""
+        started = time.perf_counter()
+        if self.tensor is not None:
+            self.tensor.max()
+        else:
+            assert self.library is not None
+            before = self.library.g4_threads()
+            self.library.g4_set_threads(threads)
+            started = time.perf_counter()
+            self.library.g4_read(self.address, self.nbytes, prefetch_bytes)
+            elapsed = time.perf_counter() - started
+            self.library.g4_set_threads(before)
+            return self.nbytes / elapsed / 1e9
+        return self.nbytes / (time.perf_counter() - started) / 1e9
+
+    def _median_gb_per_s(self, threads: int, prefetch_bytes: int) -> float:
+        return statistics.median(self.gb_per_s(threads, prefetch_bytes) for _ in range(READ_REPEATS))
+
+
+def measure_read_bandwidth() -> Bandwidth:
+    """The read bandwidth of this machine, in decimal GB/s."""
+    with ReadProbe() as probe:
+        return probe.best()
+
+
+def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
+    """Bytes that a token must read behind `depth` others: all weights but the embedding's other rows, and the cache.
+
+    With `tokens` above one the weights are shared by the tokens of a prefill's chunk.
+    """
+    total = 0
+    for module in model.model.modules():
+        if isinstance(module, QuantizedLinear):
+            total += module.nbytes
+        elif isinstance(module, nn.Linear):
+            total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    config = model.config
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.model.dtype.itemsize
+    return total // min(tokens, PREFILL_CHUNK) + depth * cache
+
+
+def time_prefill(model: LoadedModel, tokens: int, depth: int = 0) -> float:
+    """Seconds to feed `tokens` behind `depth` others and to have the last one's logits."""
+    context = _filled(model, depth, tokens)
+    with torch.inference_mode():
+        started = time.perf_counter()
+        _feed(model, context, _ids(model, tokens))
+        _synchronize(model)
+        return time.perf_counter() - started
+
+
+def time_decode(model: LoadedModel, tokens: int, depth: int = 0) -> float:
+    """Seconds to decode `tokens`, greedily, behind `depth` others (at least one)."""
+    context = _filled(model, max(1, depth), tokens + 1)
+    with torch.inference_mode():
+        token = _feed(model, context, _ids(model, 1))  # warm: the first step after a prefill is not typical
+        started = time.perf_counter()
+        for _ in range(tokens):
+            token = _feed(model, context, token)
+        _synchronize(model)
+        return time.perf_counter() - started
+
+
+def measure(
+    model: LoadedModel,
+    *,
+    prompts: tuple[int, ...],
+    generate: int,
+    depths: tuple[int, ...],
+    repeat: int,
+    probe: ReadProbe | None,
+    bandwidth: Bandwidth | None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[Row]:
+    """All prefills, then decoding, at every depth: medians of `repeat` runs.
+
+    Each run stands between two readings of the bandwidth, with which it is compared: on a shared machine both change
+    from second to second.
+
+    Raises:
+        UsageError: a test does not fit the model's context.
+    """
+    longest = max(depths) + max((*prompts, generate + 2))
+    if longest > model.plan.context_len:
+        raise UsageError(
+            f"the tests need a context of {longest} tokens, this one has {model.plan.context_len}",
+            hint="use smaller --prompt, --generate or --depth",
+        )
+    tests = [(f"pp{tokens}", tokens, time_prefill) for tokens in prompts]
+    if generate:
+        tests.append((f"tg{generate}", generate, time_decode))
+    for depth in depths:
+        for name, tokens, run in tests:
+            progress(f"{name} at depth {depth}")
+            nbytes = bytes_per_token(model, depth, tokens if run is time_prefill else 1)
+            speeds, shares = [], []
+            reading = _reading(probe, bandwidth)
+            for _ in range(repeat):
+                tok_per_s = tokens / run(model, tokens, depth)
+                before, reading = reading, _reading(probe, bandwidth)
+                speeds.append(tok_per_s)
+                if before and reading:
+                    shares.append(tok_per_s * nbytes / 1e9 / statistics.mean((before, reading)))
+            share = statistics.median(shares) if shares else None
+            yield Row(name, depth, statistics.median(speeds), nbytes, model.backend_detail, share)
+
+
+def _reading(probe: ReadProbe | None, bandwidth: Bandwidth | None) -> float | None:
+    """The read bandwidth at this moment, in the way that was found best."""
+    if probe is None or bandwidth is None:
+        return None
+    return probe.gb_per_s(bandwidth.threads, bandwidth.prefetch_bytes)
+
+
+def slower_than_bf16(model: LoadedModel, tokens: int) -> float | None:
+    """How many times longer the model's largest packed linear takes than the same one in bf16, over `tokens` tokens.
+
+    None where nothing is packed. Above 1 the packed format is slower here. Both are timed on up to 8192 rows' worth.
+    """
+    packed = [m for m in model.model.modules() if isinstance(m, QuantizedLinear)]
+    if not packed:
+        return None
+    largest = max(packed, key=lambda linear: linear.nbytes)
+    spec = largest.prepacked.spec
+    rows = min(spec.out_features, DENSE_PROBE_ROWS)
+    x = torch.randn(tokens, spec.in_features).to(model.device, torch.bfloat16)
+    weight = torch.zeros(rows, spec.in_features, dtype=torch.bfloat16, device=model.device)
+    given = x.to(spec.dtype)
+    ours = _median_seconds(model, lambda: largest(given)) / spec.out_features
+    dense = _median_seconds(model, lambda: F.linear(x, weight)) / rows
+    return ours / dense
+
+
+def _median_seconds(model: LoadedModel, call: Callable[[], object], repeat: int = 5) -> float:
+    samples = []
+    with torch.inference_mode():
+        for _ in range(repeat):
+            started = time.perf_counter()
+            call()
+            _synchronize(model)
+            samples.append(time.perf_counter() - started)
+    return statistics.median(samples)
+
+
+def _filled(model: LoadedModel, depth: int, room: int) -> Context:
+    """A context with `depth` tokens in it, and room for more."""
+    if depth + room > model.plan.context_len:
+        raise UsageError(f"{depth} + {room} tokens do not fit a context of {model.plan.context_len}")
+    context = model.new_context()
+    with torch.inference_mode():
+        ids = _ids(model, depth)
+        for first in range(0, depth, PREFILL_CHUNK):
+            model.model.hidden_states(ids[first : first + PREFILL_CHUNK], context.cache)
+    _synchronize(model)
+    return context
+
+
+def _feed(model: LoadedModel, context: Context, ids: Tensor) -> Tensor:
+    """Feeds at least one id, in chunks; returns the likeliest token behind the last, [1]."""
+    for first in range(0, len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
+        model.model.hidden_states(ids[first : first + PREFILL_CHUNK], context.cache)
+    rest = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    logits: Tensor = model.model(ids[rest:], context.cache)
+    return logits[-1:].argmax(dim=-1)
+
+
+def _ids(model: LoadedModel, count: int) -> Tensor:
+    """Ordinary tokens, a different one at each place."""
+    usable = model.ordinary_tokens.nonzero().flatten()
+    return usable[torch.arange(count) * 7 % len(usable)].to(model.device)
+
+
+def _synchronize(model: LoadedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

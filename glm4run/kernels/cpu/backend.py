@@ -1,0 +1,166 @@
+"""Products with packed weights in the native library.
+
+A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread. Up to 8
+tokens run a kernel that is bound by that stream, more tokens a blocked product on the integer units.
+
+Activations are quantized on the fly to int8 or int16 per token and group of 64 (or 32), or kept as floats. int4 weights
+take int8 by default: what it adds to their own loss is negligible. int8 weights take int16, since int8 activations
+would lose more than the weights did. `docs/quality.md` has the measurements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm4run.errors import CheckpointError, GenerationError
+from glm4run.kernels import LinearSpec, Prepacked, WeightSource
+from glm4run.kernels.cpu.library import G4Output, G4Stored, G4Weight, active_isa, native, why_missing
+from glm4run.qformat import num_groups, packed_width, unpack_zero_points
+
+DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # G4Dtype
+ACTIVATION_BITS = {"int8": 8, "int16": 16, "bf16": 0}
+MAX_TOGETHER = 3
+K_STEP = 32
+
+
+@dataclass(frozen=True, eq=False)
+class NativeWeight:
+    """A weight in panels. Its memory belongs to the library and is given back with this object."""
+
+    struct: G4Weight
+    nbytes: int
+    spec: LinearSpec
+
+
+class NativeBackend:
+    """The C++ kernels, on any CPU."""
+
+    name = "native"
+
+    def why_unavailable(self, spec: LinearSpec) -> str | None:
+        if spec.device.type != "cpu":
+            return f"it has no kernels for {spec.device.type}"
+        missing = why_missing()
+        if missing is not None:
+            return missing
+        if spec.dtype not in DTYPE_CODES:
+            return f"it has no kernels for {spec.dtype}"
+        group = spec.scheme.group_size
+        if group is not None and group % K_STEP:
+            return f"group size {group} is no multiple of {K_STEP}"
+        return None
+
+    def describe(self) -> str:
+        return f"native ({active_isa()}, {native().g4_threads()} threads)"
+
+    def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
+        scale_bytes = _scale_bytes(spec, stored_bytes)
+        code = 2 if scale_bytes == 4 else 0
+        return int(native().g4_prepacked_bytes(ctypes.byref(_struct(spec, code))))
+
+    def prepack(self, weight: WeightSource, spec: LinearSpec) -> NativeWeight:
+        """Lays the weight out panel by panel, straight from its file where it lies in one: no second copy exists."""
+        library = native()
+        struct = _struct(spec, DTYPE_CODES[weight.scale_dtype])
+        nbytes = int(library.g4_prepacked_bytes(ctypes.byref(struct)))
+        address = library.g4_allocate(nbytes)
+        if not address:
+            raise MemoryError(f"{nbytes} bytes for a packed weight")
+        struct.data = address
+        prepacked = NativeWeight(struct, nbytes, spec)
+        weakref.finalize(prepacked, library.g4_free, address, nbytes)
+        scale, zero_words = weight.side_tensors()
+        scale = scale.contiguous()
+        zero_point = None
+        if zero_words is not None:
+            zero_point = unpack_zero_points(zero_words, spec.scheme.bits, spec.out_features)  # int8 [N, G]
+        stored = G4Stored(
+            scale=scale.data_ptr(),
+            zero_point=None if zero_point is None else zero_point.data_ptr(),
+            row_bytes=4 * packed_width(spec.in_features, spec.scheme.bits),
+        )
+        place = weight.location()
+        packed = None
+        if place is None:
+            packed = weight.whole().packed.contiguous()
+            stored.packed = packed.data_ptr()
+        else:
+            stored.descriptor, stored.offset = place.descriptor, place.offset
+        if library.g4_prepack(ctypes.byref(struct), ctypes.byref(stored), address) != 0:
+            assert place is not None
+            raise CheckpointError(f"{place.name} cannot be read to its end", hint="download the file again")
+        return prepacked
+
+    def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] to [M, N] in the dtype of x; bias [N] in that dtype."""
+        return self.linear_together(x, [(weight, bias)])[0]
+
+    def linear_together(self, x: Tensor, parts: Sequence[tuple[Prepacked, Tensor | None]]) -> list[Tensor]:
+        """The products of one x [M, K] with several weights. Those that go together run as one piece of work."""
+        weights = [weight for weight, _ in parts]
+        if len(parts) > 1 and not _go_together(weights):
+            return [self.linear(x, weight, bias) for weight, bias in parts]
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        tokens = x.shape[0]
+        code = DTYPE_CODES[x.dtype]
+        results: list[Tensor] = []
+        outputs: Any = (G4Output * len(parts))()
+        for output, (weight, bias) in zip(outputs, parts, strict=True):
+            assert isinstance(weight, NativeWeight)
+            assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+            y = torch.empty(tokens, weight.spec.out_features, dtype=x.dtype)
+            results.append(y)
+            output.weight = ctypes.pointer(weight.struct)
+            output.bias = None if bias is None else bias.data_ptr()
+            output.y, output.stride = y.data_ptr(), weight.spec.out_features
+        if tokens == 0:
+            return results
+        failed = native().g4_linear(x.data_ptr(), x.stride(0), code, tokens, outputs, len(parts))
+        if failed:
+            raise GenerationError("out of memory for the activations", hint="use a smaller --ctx or a shorter prompt")
+        return results
+
+
+def _go_together(weights: Sequence[Prepacked]) -> bool:
+    """Whether the weights read the same activations in the same form (`activation_group` in src/layout.h)."""
+    native_weights = [weight for weight in weights if isinstance(weight, NativeWeight)]
+    assert len(native_weights) == len(weights)
+    kinds = {
+        (w.struct.activations, w.spec.in_features, w.spec.scheme.group_size, w.spec.scheme.bits) for w in native_weights
+    }
+    return len(kinds) == 1 and len(weights) <= MAX_TOGETHER
+
+
+def _activation_bits(spec: LinearSpec) -> int:
+    """8 or 16 for activations quantized on the fly, 0 where they stay floats."""
+    default = "int8" if spec.scheme.bits == 4 else "int16"
+    return ACTIVATION_BITS[default if spec.activations == "auto" else spec.activations]
+
+
+def _struct(spec: LinearSpec, scale_code: int) -> G4Weight:
+    return G4Weight(
+        data=None,
+        rows=spec.out_features,
+        columns=spec.in_features,
+        bits=spec.scheme.bits,
+        group=spec.scheme.group_size or 0,
+        scale_dtype=scale_code,
+        asymmetric=not spec.scheme.symmetric,
+        activations=_activation_bits(spec),
+    )
+
+
+def _scale_bytes(spec: LinearSpec, stored_bytes: int) -> int:
+    """Bytes of one stored scale, from the bytes of values, scales and zero points together."""
+    bits, groups = spec.scheme.bits, num_groups(spec.in_features, spec.scheme)
+    values = 4 * spec.out_features * packed_width(spec.in_features, bits)
+    zero_points = 0 if spec.scheme.symmetric else 4 * packed_width(spec.out_features, bits) * groups
+    return (stored_bytes - values - zero_points) // (spec.out_features * groups)

@@ -1,0 +1,85 @@
+"""What lies between the products of a layer, in the native library. Same results as the torch code, up to rounding.
+
+Callers have checked with `runs` that the tensors are on the CPU, contiguous and of a dtype that the library knows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm4run.kernels.cpu.backend import DTYPE_CODES
+from glm4run.kernels.cpu.library import native
+
+MAX_ROTARY_DIM = 512
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Whether the library takes these tensors as they are."""
+    return all(t.is_contiguous() for t in tensors) and takes(*tensors)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the library knows the tensors' device and dtype; their strides are the caller's matter."""
+    return all(t.device.type == "cpu" and t.dtype in DTYPE_CODES for t in tensors)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., size] to the same shape and dtype; weight float32 [size]."""
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    native().g4_rms_norm(
+        x.data_ptr(), DTYPE_CODES[x.dtype], x.numel() // size, size, weight.data_ptr(), eps, out.data_ptr()
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[..., 2 size] to [..., size]: silu of the first half times the second."""
+    size = gate_up.shape[-1] // 2
+    out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype)
+    native().g4_silu_mul(gate_up.data_ptr(), DTYPE_CODES[gate_up.dtype], out.numel() // size, size, out.data_ptr())
+    return out
+
+
+def rope_(x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns x [T, heads * head_dim] in place; cos, sin float32 [T, R/2]."""
+    tokens, width = x.shape
+    native().g4_rope(
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        tokens,
+        width // head_dim,
+        head_dim,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1],
+    )
+    return x
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal grouped-query attention: query [H, T, D], key and value [KVH, S, D] (rows contiguous) to [T, H * D]."""
+    library = native()
+    heads, tokens, head_dim = query.shape
+    kv_heads, positions = key.shape[0], key.shape[1]
+    floats = library.g4_attention_floats(tokens, heads, kv_heads, head_dim, positions)
+    work = torch.empty(floats, dtype=torch.float32)
+    out = torch.empty(tokens, heads * head_dim, dtype=query.dtype)
+    library.g4_attention(
+        query.data_ptr(),
+        query.stride(1),
+        query.stride(0),
+        key.data_ptr(),
+        value.data_ptr(),
+        key.stride(0),
+        DTYPE_CODES[query.dtype],
+        tokens,
+        heads,
+        kv_heads,
+        head_dim,
+        positions,
+        work.data_ptr(),
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,64 @@
+// The C interface that library.py binds with ctypes. Plain structs and raw pointers: no torch, no Python headers.
+// A change of any struct or signature raises GLM4RUN_ABI on both sides.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define GLM4RUN_ABI 1
+
+#if defined(_WIN32)
+#define G4_API extern "C" __declspec(dllexport)
+#else
+#define G4_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum G4Dtype : int32_t { G4_BF16 = 0, G4_FP16 = 1, G4_FP32 = 2 };
+
+// A prepacked weight [N, K]; see layout.h for the order of its bytes.
+struct G4Weight {
+    const uint8_t* data;
+    int64_t rows;        // N
+    int64_t columns;     // K
+    int32_t bits;        // 4 or 8
+    int32_t group;       // weights per scale along K, a multiple of 32; 0: one scale per row
+    int32_t scale_dtype; // G4Dtype
+    int32_t asymmetric;  // 1: a zero point per scale
+    int32_t activations; // bits that activations are quantized to on the fly: 8 or 16; 0: they stay floats
+};
+
+// The same weight as it stands in the file (format: docs/format.md).
+struct G4Stored {
+    const uint8_t* packed;    // rows of `row_bytes`: little-endian words, lowest k in the lowest bits; null: in a file
+    const uint8_t* scale;     // [N, G] in scale_dtype
+    const int8_t* zero_point; // signed [N, G], or null
+    int64_t row_bytes;
+    int64_t offset;     // of the first row, in the file open as `descriptor`
+    int32_t descriptor;
+};
+
+// One output of a product: y [M, N] = x W^T + bias.
+struct G4Output {
+    const G4Weight* weight;
+    const void* bias; // [N] in the dtype of x, or null
+    void* y;          // [M, N] in the dtype of x, rows `stride` elements apart
+    int64_t stride;
+};
+
+// One decoder layer whose linears are all prepacked. Norm weights are floats [hidden]; the last two are null where a
+// branch joins the residual without another norm. The `y` and `stride` of the outputs are not read.
+struct G4Layer {
+    const float* input_norm;
+    const float* post_attention_norm;
+    const float* branch_attention_norm;
+    const float* branch_mlp_norm;
+    G4Output query, key, value, output, gate_up, down;
+};
+
+struct G4Stack {
+    const G4Layer* layers;
+    int64_t count;
+    int64_t hidden, intermediate, heads, kv_heads, head_dim, rotary_half;
+    int64_t capacity; // positions of the cache: keys and values [KVH, capacity, D] of each layer
+    int32_t dtype;    // of the residual, the biases and the cache
+    float eps;
+};

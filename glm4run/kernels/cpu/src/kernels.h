@@ -1,0 +1,76 @@
+// What every instruction set provides: pure functions over memory that the caller gives, without threads.
+#pragma once
+#include "abi.h"
+#include "layout.h"
+
+// Activations [M, K], quantized in groups of `group` columns: x = scale * q, group by group so that a group of all
+// tokens is one piece of memory. q int8 or int16 [G][M][group], scale float [G][M], sum int32 [G][M] (of q).
+struct QuantizedRows {
+    void* q;
+    float* scale;
+    int32_t* sum;
+    int64_t tokens, columns, group; // columns as in x; padded with zeros to whole groups
+    int32_t bits;                   // 8 or 16
+
+    const int8_t* bytes(int64_t at) const { return static_cast<const int8_t*>(q) + at * group; }
+    const int16_t* words(int64_t at) const { return static_cast<const int16_t*>(q) + at * group; }
+
+    int64_t groups() const { return (columns + group - 1) / group; }
+};
+
+// Activations as floats [M, padded K], for products with exact activations.
+struct FloatRows {
+    const float* x;
+    int64_t tokens, stride;
+};
+
+struct Rows {
+    const void* data;
+    int64_t stride; // elements
+    int32_t dtype;
+};
+
+// Causal attention of T new queries over S positions; one KV head and the queries that share it.
+struct AttentionRows {
+    const void* query; // row of query t, head h: t * query_token + h * query_head elements on
+    int64_t query_token, query_head;
+    const void* key; // [S, D], rows D apart
+    const void* value;
+    int64_t heads, head_dim, positions;
+    int32_t dtype;
+    float scale;
+};
+
+constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and of two panels fit the first-level cache
+constexpr int64_t MAX_DECODE_TOKENS = 8;
+constexpr int64_t ATTENTION_LANES = 16; // query heads computed together
+
+struct Kernels {
+    const char* name;
+    // Rows first..last of x into `out`; `x` has `out.columns` columns.
+    void (*quantize)(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out);
+    // One panel: out float [M][16]. The first streams the panel once for few tokens; the second works on it in blocks.
+    void (*decode_panel)(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out);
+    void (*gemm_panel)(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out);
+    void (*exact_panel)(const G4Weight& w, const uint8_t* panel, const FloatRows& x, float* out);
+    void (*to_float)(const void* in, int32_t dtype, int64_t count, float* out);
+    void (*from_float)(const float* in, int32_t dtype, int64_t count, void* out);
+    void (*rms_norm)(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out);
+    void (*silu_mul)(const void* gate, const void* up, int32_t dtype, int64_t size, void* out);
+    // Partial attention of one query token over positions first..last-1: out float [D][16], maxima and sums float [16].
+    void (*attend)(const AttentionRows& a, int64_t token, int64_t first, int64_t last, float* scratch, float* out,
+                   float* maxima, float* sums);
+    int64_t (*attend_scratch)(int64_t head_dim); // floats
+    // XOR of all bytes: the fastest way to read; `ahead` bytes of software prefetch, 0 for none.
+    uint64_t (*read)(const uint8_t* memory, int64_t bytes, int64_t ahead);
+};
+
+extern const Kernels KERNELS_SCALAR;
+#if defined(__x86_64__)
+extern const Kernels KERNELS_AVX2;
+extern const Kernels KERNELS_AVX_VNNI;
+extern const Kernels KERNELS_AVX512_VNNI;
+#endif
+#if defined(__aarch64__)
+extern const Kernels KERNELS_NEON_DOTPROD;
+#endif

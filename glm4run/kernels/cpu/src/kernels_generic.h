@@ -1,0 +1,484 @@
+// The kernels, written once over the 16-lane vectors of an instruction set (`Isa`, from vector_*.h).
+//
+// Everything is in an unnamed namespace: each instruction set compiles its own copy, and the linker must never give one
+// machine's copy to another. For the same reason nothing here calls inline functions of the standard library.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace {
+
+using Float = Isa::Float;
+using Int = Isa::Int;
+
+constexpr int64_t LANES = 16;
+constexpr float ROUND_MAGIC = 12582912.0f; // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000;
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// dtypes
+
+void to_float(const void* in, int32_t dtype, int64_t count, float* out) {
+    if (dtype == G4_BF16) {
+        const uint16_t* p = static_cast<const uint16_t*>(in);
+        for (int64_t i = 0; i < count; i++) out[i] = float_of(uint32_t(p[i]) << 16);
+    } else if (dtype == G4_FP16) {
+        const char* p = static_cast<const char*>(in);
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) Isa::store(out + i, Isa::load_scales(p + 2 * i, dtype));
+        char tail[2 * LANES] = {};
+        float wide[LANES];
+        memcpy(tail, p + 2 * i, size_t(2 * (count - i)));
+        Isa::store(wide, Isa::load_scales(tail, dtype));
+        for (int64_t j = 0; i + j < count; j++) out[i + j] = wide[j];
+    } else {
+        memcpy(out, in, size_t(4 * count));
+    }
+}
+
+// Round to nearest even. Source: IEEE 754; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+inline uint16_t to_fp16(float x) {
+    const _Float16 half = _Float16(x);
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+
+void from_float(const float* in, int32_t dtype, int64_t count, void* out) {
+    uint16_t* p = static_cast<uint16_t*>(out);
+    if (dtype == G4_BF16) {
+        for (int64_t i = 0; i < count; i++) p[i] = to_bf16(in[i]);
+    } else if (dtype == G4_FP16) {
+        for (int64_t i = 0; i < count; i++) p[i] = to_fp16(in[i]);
+    } else {
+        memcpy(out, in, size_t(4 * count));
+    }
+}
+
+// e^x within 2 units of the last place for x in [-87, 88]; below, 1.6e-38. NaN stays NaN.
+// Source: range reduction by ln 2 in two parts, polynomial of degree 6 (Cephes expf).
+inline float exp_of(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float shifted = x * 1.44269504f + ROUND_MAGIC;
+    const uint32_t power = (bits_of(shifted) - uint32_t(ROUND_MAGIC_BITS)) << 23;
+    const float n = shifted - ROUND_MAGIC;
+    const float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const float result = float_of(bits_of(p) + power);
+    return x == x ? result : x; // the lowest bits of a NaN would have made a power
+}
+
+// Activations to integers
+
+// Rounds x * inverse to the nearest, ties to even.
+inline int32_t nearest(float x) { return int32_t(bits_of(x + ROUND_MAGIC)) - ROUND_MAGIC_BITS; }
+
+template <typename Q>
+void quantize_group(const float* x, int64_t count, float limit, Q* q, float* scale, int32_t* sum) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float top = float_of(largest);
+    // Infinity and NaN give a scale of NaN, which reaches every output: never a silent zero.
+    const bool finite = largest < 0x7F800000, nothing = top < 1e-30f;
+    const float inverse = finite && !nothing ? limit / top : 0.0f;
+    *scale = !finite ? float_of(0x7FC00000) : nothing ? 0.0f : top / limit;
+    int32_t total = 0;
+    if (!finite) {
+        memset(q, 0, size_t(count) * sizeof(Q));
+    } else {
+        for (int64_t i = 0; i < count; i++) {
+            const int32_t value = nearest(x[i] * inverse);
+            q[i] = Q(value);
+            total += value;
+        }
+    }
+    *sum = total;
+}
+
+void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out) {
+    float wide[64];
+    for (int64_t m = first; m < last; m++) {
+        const char* row = static_cast<const char*>(x.data) + m * x.stride * dtype_bytes(x.dtype);
+        for (int64_t g = 0; g < out.groups(); g++) {
+            const int64_t start = g * out.group, count = smaller(out.group, out.columns - start);
+            const int64_t at = g * out.tokens + m;
+            to_float(row + start * dtype_bytes(x.dtype), x.dtype, count, wide);
+            for (int64_t i = count; i < out.group; i++) wide[i] = 0.0f;
+            if (out.bits == 8) {
+                int8_t* q = static_cast<int8_t*>(out.q) + at * out.group;
+                quantize_group(wide, out.group, 127.0f, q, out.scale + at, out.sum + at);
+            } else {
+                int16_t* q = static_cast<int16_t*>(out.q) + at * out.group;
+                quantize_group(wide, out.group, 32767.0f, q, out.scale + at, out.sum + at);
+            }
+        }
+    }
+}
+
+// Products of one panel
+
+// Where the parts of a panel are, and what its integer sums must be corrected by.
+struct Panel {
+    const uint8_t* scales;
+    const uint8_t* zero_points; // null: symmetric
+    const uint8_t* values;
+    int64_t scale_groups;
+    int64_t scale_bytes; // of 16
+    int32_t dtype;
+    int32_t offset; // what the kernel's values lie above the true ones
+    int32_t half;   // what the stored zero points lie above the true ones
+
+    Panel(const G4Weight& w, const uint8_t* panel, int32_t value_offset)
+        : scales(panel), zero_points(w.asymmetric ? panel + zero_points_offset(w) : nullptr),
+          values(panel + values_offset(w)), scale_groups(weight_groups(w)),
+          scale_bytes(LANES * dtype_bytes(w.scale_dtype)), dtype(w.scale_dtype), offset(value_offset),
+          half(1 << (w.bits - 1)) {}
+};
+
+// A group of the weight: its scales, and its zero points as the sums see them.
+struct GroupScale {
+    Float scale;
+    Int zero_point;
+    bool symmetric;
+
+    GroupScale(const Panel& p, int64_t group)
+        : scale(Isa::load_scales(p.scales + group * p.scale_bytes, p.dtype)), symmetric(p.zero_points == nullptr) {
+        zero_point = symmetric ? Isa::int_set1(p.offset)
+                               : Isa::int_sub(Isa::load_bytes(p.zero_points + group * LANES),
+                                              Isa::int_set1(p.half - p.offset));
+    }
+};
+
+// out[t] += scale * x.scale[t] * (sums[t] - zero point * x.sum[t])
+template <int T>
+inline void add_scaled(const GroupScale& group, int32_t offset, const QuantizedRows& x, int64_t at, Int (&sums)[T],
+                       float* out) {
+    for (int t = 0; t < T; t++) {
+        const Int correction = group.symmetric ? Isa::int_set1(offset * x.sum[at + t])
+                                               : Isa::int_mul(group.zero_point, Isa::int_set1(x.sum[at + t]));
+        const Float dot = Isa::to_float(Isa::int_sub(sums[t], correction));
+        const Float both = Isa::mul(group.scale, Isa::set1(x.scale[at + t]));
+        Isa::store(out + t * LANES, Isa::fma(both, dot, Isa::load(out + t * LANES)));
+    }
+}
+
+// The three products of integers. Each sums (value + offset) * x over one group, for T tokens.
+enum Form { INT4_INT8, INT8_INT8, INT8_INT16 };
+
+template <Form FORM, int T>
+inline void dot(const uint8_t* w, const QuantizedRows& x, int64_t at, Int (&sums)[T]) {
+    if constexpr (FORM == INT4_INT8) Isa::template dot_q4<T>(w, x.bytes(at), x.group, x.group, sums);
+    if constexpr (FORM == INT8_INT8) Isa::template dot_q8<T>(w, x.bytes(at), x.group, x.group, sums);
+    if constexpr (FORM == INT8_INT16) Isa::template dot_q8_x16<T>(w, x.words(at), x.group, x.group, sums);
+}
+
+template <Form FORM, int T>
+void decode_tokens(const Panel& p, const QuantizedRows& x, int64_t token, float* out) {
+    constexpr int BITS = FORM == INT4_INT8 ? 4 : 8;
+    const int64_t bytes = x.group * LANES * BITS / 8, groups = x.groups(), each = groups / p.scale_groups;
+    memset(out, 0, T * LANES * 4);
+    const uint8_t* w = p.values;
+    for (int64_t s = 0, g = 0; s < p.scale_groups; s++) {
+        const GroupScale scale(p, s);
+        for (int64_t i = 0; i < each; i++, g++, w += bytes) {
+            if constexpr (Isa::PREFETCH_BYTES != 0)
+                for (int64_t ahead = 0; ahead < bytes; ahead += 64) Isa::prefetch(w + ahead + Isa::PREFETCH_BYTES);
+            Int sums[T];
+            dot<FORM, T>(w, x, g * x.tokens + token, sums);
+            add_scaled<T>(scale, p.offset, x, g * x.tokens + token, sums, out);
+        }
+    }
+}
+
+template <Form FORM>
+void decode_panel_form(const Panel& p, const QuantizedRows& x, float* out) {
+    int64_t token = 0;
+    for (; token + Isa::DECODE_TOKENS <= x.tokens; token += Isa::DECODE_TOKENS)
+        decode_tokens<FORM, Isa::DECODE_TOKENS>(p, x, token, out + token * LANES);
+    for (; token + 2 <= x.tokens; token += 2) decode_tokens<FORM, 2>(p, x, token, out + token * LANES);
+    if (token < x.tokens) decode_tokens<FORM, 1>(p, x, token, out + token * LANES);
+}
+
+// A group of a block's tokens: `w` is the group as the panel holds it, or its int4 values unpacked to bytes.
+template <Form FORM, int T>
+inline void gemm_tile(const GroupScale& scale, int32_t offset, const uint8_t* w, const QuantizedRows& x, int64_t at,
+                      float* out) {
+    Int sums[T];
+    if constexpr (FORM == INT4_INT8) {
+        Isa::template gemm_u4<T>(w, x.bytes(at), x.group, x.group, sums);
+    } else {
+        dot<FORM, T>(w, x, at, sums);
+    }
+    add_scaled<T>(scale, offset, x, at, sums, out);
+}
+
+// Blocks of tokens, in them group by group: a group of the weight is unpacked once a block and met by all its tokens.
+template <Form FORM, bool UNPACK>
+void gemm_panel_form(const Panel& p, const QuantizedRows& x, float* out) {
+    constexpr int T = Isa::GEMM_TOKENS;
+    constexpr int BITS = UNPACK ? 4 : 8;
+    alignas(64) uint8_t unpacked[64 * LANES];
+    const int64_t bytes = x.group * LANES * BITS / 8, groups = x.groups(), each = groups / p.scale_groups;
+    memset(out, 0, size_t(x.tokens * LANES * 4));
+    for (int64_t block = 0; block < x.tokens; block += GEMM_BLOCK_TOKENS) {
+        const int64_t end = smaller(block + GEMM_BLOCK_TOKENS, x.tokens);
+        for (int64_t s = 0, g = 0; s < p.scale_groups; s++) {
+            const GroupScale scale(p, s);
+            for (int64_t i = 0; i < each; i++, g++) {
+                const uint8_t* w = p.values + g * bytes;
+                if constexpr (UNPACK) {
+                    Isa::unpack_q4(w, unpacked, x.group);
+                    w = unpacked;
+                }
+                int64_t t = block;
+                for (; t + T <= end; t += T)
+                    gemm_tile<FORM, T>(scale, p.offset, w, x, g * x.tokens + t, out + t * LANES);
+                for (; t < end; t++) gemm_tile<FORM, 1>(scale, p.offset, w, x, g * x.tokens + t, out + t * LANES);
+            }
+        }
+    }
+}
+
+void gemm_panel(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out) {
+    if (w.bits == 4 && x.bits == 8) {
+        gemm_panel_form<INT4_INT8, true>(Panel(w, panel, 8), x, out);
+    } else if (w.bits == 4) {
+        gemm_panel_form<INT8_INT16, true>(Panel(w, panel, 8), x, out); // u in 0..15 is the same signed or not
+    } else if (x.bits == 8) {
+        gemm_panel_form<INT8_INT8, false>(Panel(w, panel, Isa::Q8_OFFSET), x, out);
+    } else {
+        gemm_panel_form<INT8_INT16, false>(Panel(w, panel, 0), x, out);
+    }
+}
+
+void decode_panel(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out) {
+    if (w.bits == 4 && x.bits == 8) {
+        decode_panel_form<INT4_INT8>(Panel(w, panel, 8), x, out);
+    } else if (w.bits == 4) {
+        gemm_panel(w, panel, x, out);
+    } else if (x.bits == 8) {
+        decode_panel_form<INT8_INT8>(Panel(w, panel, Isa::Q8_OFFSET), x, out);
+    } else {
+        decode_panel_form<INT8_INT16>(Panel(w, panel, 0), x, out);
+    }
+}
+
+// sums[t] += x[t] over `count` columns of 16 rows: w float [count][16], x[t] = x + t * token_stride, k_stride apart.
+template <int T>
+inline void fma_tile(const float* w, const float* x, int64_t token_stride, int64_t k_stride, int64_t count,
+                     Float (&sums)[T]) {
+    for (int64_t k = 0; k < count; k++) {
+        const Float row = Isa::load(w + k * LANES);
+        for (int t = 0; t < T; t++)
+            sums[t] = Isa::fma(row, Isa::set1(x[t * token_stride + k * k_stride]), sums[t]);
+    }
+}
+
+template <int T>
+inline void exact_tile(const float* w, const FloatRows& x, int64_t token, int64_t column, int64_t count, Float scale,
+                       float* out) {
+    Float sums[T];
+    for (int t = 0; t < T; t++) sums[t] = Isa::zero();
+    fma_tile<T>(w, x.x + token * x.stride + column, x.stride, 1, count, sums);
+    for (int t = 0; t < T; t++) {
+        float* total = out + (token + t) * LANES;
+        Isa::store(total, Isa::fma(scale, sums[t], Isa::load(total)));
+    }
+}
+
+void dequantize_columns(const G4Weight& w, const Panel& p, const GroupScale& scale, int64_t column, int64_t count,
+                        float* out) {
+    const bool four = w.bits == 4;
+    const uint8_t* block = p.values + column * LANES * w.bits / 8;
+    const Float zero = Isa::mul(Isa::to_float(scale.zero_point), Isa::set1(-1.0f));
+    const int64_t step = four ? 8 : 4;
+    for (int64_t k = 0; k < count; k += step, block += 64) {
+        for (int i = 0; i < step; i++) {
+            const Float q = four ? Isa::column_q4(block, 8 * (i & 3) + (i & 4)) : Isa::column_q8(block, i);
+            Isa::store(out + (k + i) * LANES, Isa::add(q, zero));
+        }
+    }
+}
+
+void exact_panel(const G4Weight& w, const uint8_t* panel, const FloatRows& x, float* out) {
+    constexpr int T = Isa::FMA_TOKENS;
+    const Panel p(w, panel, w.bits == 4 ? 8 : 0);
+    const int64_t group = activation_group(w), each = padded_columns(w.columns) / group / p.scale_groups;
+    alignas(64) float dense[64 * LANES];
+    memset(out, 0, size_t(x.tokens * LANES * 4));
+    for (int64_t block = 0; block < x.tokens; block += GEMM_BLOCK_TOKENS) {
+        const int64_t end = smaller(block + GEMM_BLOCK_TOKENS, x.tokens);
+        for (int64_t s = 0, column = 0; s < p.scale_groups; s++) {
+            const GroupScale scale(p, s);
+            for (int64_t i = 0; i < each; i++, column += group) {
+                dequantize_columns(w, p, scale, column, group, dense);
+                int64_t t = block;
+                for (; t + T <= end; t += T) exact_tile<T>(dense, x, t, column, group, scale.scale, out);
+                for (; t < end; t++) exact_tile<1>(dense, x, t, column, group, scale.scale, out);
+            }
+        }
+    }
+}
+
+// The rest of a layer
+
+// x / sqrt(mean(x^2) + eps) * weight. Source: arXiv 1910.07467.
+void rms_norm(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out) {
+    constexpr int64_t BLOCK = 256;
+    float wide[BLOCK], lanes[LANES] = {};
+    const int64_t element = dtype_bytes(dtype);
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int64_t count = smaller(BLOCK, size - first);
+        to_float(static_cast<const char*>(x) + first * element, dtype, count, wide);
+        for (int64_t i = count; i < round_up(count, LANES); i++) wide[i] = 0.0f;
+        Float sum = Isa::load(lanes);
+        for (int64_t i = 0; i < count; i += LANES) sum = Isa::fma(Isa::load(wide + i), Isa::load(wide + i), sum);
+        Isa::store(lanes, sum);
+    }
+    float total = 0.0f;
+    for (int i = 0; i < LANES; i++) total += lanes[i];
+    const float factor = 1.0f / __builtin_sqrtf(total / float(size) + eps);
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int64_t count = smaller(BLOCK, size - first);
+        to_float(static_cast<const char*>(x) + first * element, dtype, count, wide);
+        for (int64_t i = 0; i < count; i++) wide[i] = wide[i] * factor * weight[first + i];
+        from_float(wide, dtype, count, static_cast<char*>(out) + first * element);
+    }
+}
+
+// gate * sigmoid(gate) * up
+void silu_mul(const void* gate, const void* up, int32_t dtype, int64_t size, void* out) {
+    constexpr int64_t BLOCK = 256;
+    float a[BLOCK], b[BLOCK];
+    const int64_t element = dtype_bytes(dtype);
+    for (int64_t first = 0; first < size; first += BLOCK) {
+        const int64_t count = smaller(BLOCK, size - first), at = first * element;
+        to_float(static_cast<const char*>(gate) + at, dtype, count, a);
+        to_float(static_cast<const char*>(up) + at, dtype, count, b);
+        for (int64_t i = 0; i < count; i++) {
+            const float x = a[i] < -88.0f ? a[i] * 0.0f : a[i]; // there the sigmoid is less than 1e-38
+            a[i] = x / (1.0f + exp_of(-x)) * b[i];
+        }
+        from_float(a, dtype, count, static_cast<char*>(out) + at);
+    }
+}
+
+// Attention: the lanes are the query heads that share a key, so that every key and value is read once for all of them.
+//
+//   scores[s][16] = sum over d of K[s][d] * q[d][16]      out[d][16] += sum over s of V[s][d] * weights[s][16]
+
+constexpr int64_t ATTENTION_BLOCK = 32; // positions
+
+int64_t attend_scratch(int64_t head_dim) { return head_dim * LANES + ATTENTION_BLOCK * (head_dim + LANES); }
+
+template <int T>
+inline void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
+                          float* out) {
+    Float sums[T];
+    for (int t = 0; t < T; t++) sums[t] = Isa::load(out + (d + t) * LANES);
+    fma_tile<T>(weights, values + d, 1, head_dim, count, sums);
+    for (int t = 0; t < T; t++) Isa::store(out + (d + t) * LANES, sums[t]);
+}
+
+void attend(const AttentionRows& a, int64_t token, int64_t first, int64_t last, float* scratch, float* out,
+            float* maxima, float* sums) {
+    constexpr int T = Isa::FMA_TOKENS;
+    const int64_t D = a.head_dim, element = dtype_bytes(a.dtype);
+    float* query = scratch;                       // [D][16]
+    float* rows = query + D * LANES;              // [ATTENTION_BLOCK][D]
+    float* scores = rows + ATTENTION_BLOCK * D;   // [ATTENTION_BLOCK][16]
+    memset(query, 0, size_t(D * LANES * 4));
+    for (int64_t h = 0; h < a.heads; h++) {
+        const char* row = static_cast<const char*>(a.query) + (token * a.query_token + h * a.query_head) * element;
+        to_float(row, a.dtype, D, rows);
+        for (int64_t d = 0; d < D; d++) query[d * LANES + h] = rows[d] * a.scale;
+    }
+    memset(out, 0, size_t(D * LANES * 4));
+    Float highest = Isa::set1(-3.0e38f), total = Isa::zero();
+    for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
+        const int64_t count = smaller(ATTENTION_BLOCK, last - s);
+        to_float(static_cast<const char*>(a.key) + s * D * element, a.dtype, count * D, rows);
+        int64_t i = 0;
+        for (; i + T <= count; i += T) {
+            Float dots[T];
+            for (int t = 0; t < T; t++) dots[t] = Isa::zero();
+            fma_tile<T>(query, rows + i * D, D, 1, D, dots);
+            for (int t = 0; t < T; t++) Isa::store(scores + (i + t) * LANES, dots[t]);
+        }
+        for (; i < count; i++) {
+            Float dots[1] = {Isa::zero()};
+            fma_tile<1>(query, rows + i * D, D, 1, D, dots);
+            Isa::store(scores + i * LANES, dots[0]);
+        }
+        Float block_highest = highest;
+        for (i = 0; i < count; i++) block_highest = Isa::max(block_highest, Isa::load(scores + i * LANES));
+        float shift[LANES], old[LANES];
+        Isa::store(shift, block_highest);
+        Isa::store(old, highest);
+        for (int l = 0; l < LANES; l++) old[l] = exp_of(old[l] - shift[l]);
+        for (i = 0; i < count * LANES; i++) scores[i] = exp_of(scores[i] - shift[i % LANES]);
+        const Float rescale = Isa::load(old);
+        total = Isa::mul(total, rescale);
+        for (i = 0; i < count; i++) total = Isa::add(total, Isa::load(scores + i * LANES));
+        for (int64_t d = 0; d < D; d++) Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
+        highest = block_highest;
+        to_float(static_cast<const char*>(a.value) + s * D * element, a.dtype, count * D, rows);
+        int64_t d = 0;
+        for (; d + T <= D; d += T) attend_values<T>(scores, rows, D, count, d, out);
+        for (; d < D; d++) attend_values<1>(scores, rows, D, count, d, out);
+    }
+    Isa::store(maxima, highest);
+    Isa::store(sums, total);
+}
+
+uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
+    Int sums[4] = {Isa::int_set1(0), Isa::int_set1(0), Isa::int_set1(0), Isa::int_set1(0)};
+    for (int64_t at = 0; at + 256 <= bytes; at += 256) {
+        for (int i = 0; i < 4; i++) {
+            if (ahead != 0) Isa::prefetch(memory + at + 64 * i + ahead);
+            sums[i] = Isa::int_sub(sums[i], Isa::int_load(reinterpret_cast<const int32_t*>(memory + at + 64 * i)));
+        }
+    }
+    int32_t lanes[LANES];
+    uint64_t total = 0;
+    for (int i = 0; i < 4; i++) {
+        Isa::int_store(lanes, sums[i]);
+        for (int l = 0; l < LANES; l++) total += uint32_t(lanes[l]);
+    }
+    return total;
+}
+
+} // namespace
+
+#define G4_KERNELS(symbol, name)                                                                                       \
+    extern const Kernels symbol = {name,     quantize, decode_panel, gemm_panel, exact_panel,    to_float,             \
+                                   from_float, rms_norm, silu_mul,     attend,     attend_scratch, read_all};

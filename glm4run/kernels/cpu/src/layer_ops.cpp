@@ -1,0 +1,221 @@
+// What a layer does between its products: norms, SwiGLU, rotation, attention of new tokens over the cache.
+#include <math.h>
+#include <string.h>
+
+#include "dispatch.h"
+#include "operations.h"
+#include "pool.h"
+
+namespace {
+
+constexpr int64_t ROW_PIECE_ELEMENTS = 32768; // less is not worth a second thread
+
+struct NormContext {
+    const Kernels* kernels;
+    const char* x;
+    char* out;
+    const float* weight;
+    int64_t rows, size, piece_rows;
+    int32_t dtype;
+    float eps;
+};
+
+void norm_piece(const void* context, int64_t index, Ticket&) {
+    const NormContext& c = *static_cast<const NormContext*>(context);
+    const int64_t row_bytes = c.size * dtype_bytes(c.dtype);
+    for (int64_t r = index * c.piece_rows; r < c.rows && r < (index + 1) * c.piece_rows; r++)
+        c.kernels->rms_norm(c.x + r * row_bytes, c.dtype, c.size, c.weight, c.eps, c.out + r * row_bytes);
+}
+
+struct SiluContext {
+    const Kernels* kernels;
+    const char* gate_up;
+    char* out;
+    int64_t rows, size, piece_rows;
+    int32_t dtype;
+};
+
+void silu_piece(const void* context, int64_t index, Ticket&) {
+    const SiluContext& c = *static_cast<const SiluContext*>(context);
+    const int64_t half = c.size * dtype_bytes(c.dtype);
+    for (int64_t r = index * c.piece_rows; r < c.rows && r < (index + 1) * c.piece_rows; r++)
+        c.kernels->silu_mul(c.gate_up + 2 * r * half, c.gate_up + (2 * r + 1) * half, c.dtype, c.size, c.out + r * half);
+}
+
+struct RopeContext {
+    const Kernels* kernels;
+    char* x;
+    const float* cosine;
+    const float* sine;
+    int64_t tokens, heads, head_dim, half, piece_rows;
+    int32_t dtype;
+};
+
+void rope_piece(const void* context, int64_t index, Ticket&) {
+    const RopeContext& c = *static_cast<const RopeContext*>(context);
+    float turned[512];
+    for (int64_t t = index * c.piece_rows; t < c.tokens && t < (index + 1) * c.piece_rows; t++) {
+        const float *cosine = c.cosine + t * c.half, *sine = c.sine + t * c.half;
+        for (int64_t h = 0; h < c.heads; h++) {
+            char* row = c.x + (t * c.heads + h) * c.head_dim * dtype_bytes(c.dtype);
+            c.kernels->to_float(row, c.dtype, 2 * c.half, turned);
+            for (int64_t i = 0; i < c.half; i++) {
+                const float even = turned[2 * i], odd = turned[2 * i + 1];
+                turned[2 * i] = even * cosine[i] - odd * sine[i];
+                turned[2 * i + 1] = odd * cosine[i] + even * sine[i];
+            }
+            c.kernels->from_float(turned, c.dtype, 2 * c.half, row);
+        }
+    }
+}
+
+// Attention is shared out over KV heads, groups of 16 query heads, new tokens and stretches of the context; a second
+// job adds the stretches up.
+constexpr int64_t MIN_STRETCH = 256; // positions
+constexpr int64_t MAX_STRETCHES = 64;
+constexpr int64_t WANTED_PIECES = 32; // not by the number of threads: results and work memory must not depend on it
+
+struct AttentionContext {
+    const Kernels* kernels;
+    const char *query, *key, *value;
+    char* out;
+    float* partial; // per token, KV head, group of lanes and stretch: out [D][16], maxima [16], sums [16]
+    int64_t tokens, heads, kv_heads, head_dim, positions;
+    int64_t query_token, query_head, kv_head; // strides in elements
+    int64_t lane_groups, stretches, stretch;
+    int32_t dtype;
+    float scale;
+
+    int64_t repeat() const { return heads / kv_heads; }
+    int64_t partial_floats() const { return (head_dim + 2) * ATTENTION_LANES; }
+};
+
+struct AttentionPart {
+    int64_t token, kv_head, lane_group;
+};
+
+AttentionPart part_of(const AttentionContext& c, int64_t index) {
+    return {index / (c.lane_groups * c.kv_heads), index / c.lane_groups % c.kv_heads, index % c.lane_groups};
+}
+
+void attend_piece(const void* context, int64_t index, Ticket& ticket) {
+    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
+    const AttentionPart part = part_of(c, index / c.stretches);
+    const int64_t element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
+    const int64_t left = c.repeat() - first_head;
+    const int64_t seen = c.positions - c.tokens + part.token + 1;
+    const int64_t first = index % c.stretches * c.stretch;
+    const int64_t last = first + c.stretch < seen ? first + c.stretch : seen;
+    AttentionRows rows{};
+    rows.query = c.query + (part.kv_head * c.repeat() + first_head) * c.query_head * element;
+    rows.query_token = c.query_token;
+    rows.query_head = c.query_head;
+    rows.key = c.key + part.kv_head * c.kv_head * element;
+    rows.value = c.value + part.kv_head * c.kv_head * element;
+    rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
+    rows.head_dim = c.head_dim;
+    rows.positions = c.positions;
+    rows.dtype = c.dtype;
+    rows.scale = c.scale;
+    float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim) * 4)));
+    float* out = c.partial + index * c.partial_floats();
+    float* maxima = out + c.head_dim * ATTENTION_LANES;
+    c.kernels->attend(rows, part.token, first, last, scratch, out, maxima, maxima + ATTENTION_LANES);
+}
+
+void combine_piece(const void* context, int64_t index, Ticket& ticket) {
+    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
+    const AttentionPart part = part_of(c, index);
+    const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
+    const float* parts = c.partial + index * c.stretches * c.partial_floats();
+    float* row = static_cast<float*>(ticket.scratch(size_t(D * 4)));
+    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
+        float highest = -3.0e38f, total = 0.0f;
+        for (int64_t s = 0; s < c.stretches; s++)
+            highest = fmaxf(highest, parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
+        memset(row, 0, size_t(D * 4));
+        for (int64_t s = 0; s < c.stretches; s++) {
+            const float* one = parts + s * c.partial_floats();
+            const float* maxima = one + D * ATTENTION_LANES;
+            const float weight = expf(maxima[lane] - highest);
+            total += weight * maxima[ATTENTION_LANES + lane];
+            for (int64_t d = 0; d < D; d++) row[d] += weight * one[d * ATTENTION_LANES + lane];
+        }
+        for (int64_t d = 0; d < D; d++) row[d] /= total;
+        const int64_t head = part.kv_head * c.repeat() + first_head + lane;
+        c.kernels->from_float(row, c.dtype, D, c.out + (part.token * c.heads + head) * D * element);
+    }
+}
+
+int64_t rows_per_piece(int64_t size) { return size >= ROW_PIECE_ELEMENTS ? 1 : ROW_PIECE_ELEMENTS / size; }
+int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
+
+AttentionContext attention_context(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                   int64_t positions) {
+    AttentionContext c{};
+    c.kernels = &active_kernels();
+    c.tokens = tokens;
+    c.heads = heads;
+    c.kv_heads = kv_heads;
+    c.head_dim = head_dim;
+    c.positions = positions;
+    c.lane_groups = (heads / kv_heads + ATTENTION_LANES - 1) / ATTENTION_LANES;
+    // The same cut for any number of threads, so that the sums are the same bits.
+    const int64_t most = pieces_of(positions, MIN_STRETCH), stretches = most < MAX_STRETCHES ? most : MAX_STRETCHES;
+    c.stretch = round_up(pieces_of(positions, stretches), 32);
+    c.stretches = pieces_of(positions, c.stretch);
+    return c;
+}
+
+} // namespace
+
+// x, out [rows, size] contiguous; weight float.
+G4_API void g4_rms_norm(const void* x, int32_t dtype, int64_t rows, int64_t size, const float* weight, float eps,
+                        void* out) {
+    const NormContext c{&active_kernels(), static_cast<const char*>(x), static_cast<char*>(out), weight, rows, size,
+                        rows_per_piece(size), dtype, eps};
+    pool_run({norm_piece, pieces_of(rows, c.piece_rows), false}, &c, sizeof c);
+}
+
+// gate_up [rows, 2 size] to out [rows, size]: silu(first half) * second half.
+G4_API void g4_silu_mul(const void* gate_up, int32_t dtype, int64_t rows, int64_t size, void* out) {
+    const SiluContext c{&active_kernels(), static_cast<const char*>(gate_up), static_cast<char*>(out), rows, size,
+                        rows_per_piece(size), dtype};
+    pool_run({silu_piece, pieces_of(rows, c.piece_rows), false}, &c, sizeof c);
+}
+
+// Turns the first 2 half dimensions of x [tokens, heads, head_dim] in place; cosine, sine [tokens, half]; half <= 256.
+G4_API void g4_rope(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64_t head_dim, const float* cosine,
+                    const float* sine, int64_t half) {
+    const RopeContext c{&active_kernels(), static_cast<char*>(x), cosine, sine, tokens, heads, head_dim, half,
+                        rows_per_piece(heads * head_dim), dtype};
+    pool_run({rope_piece, pieces_of(tokens, c.piece_rows), false}, &c, sizeof c);
+}
+
+// Floats of work memory that g4_attention wants.
+G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                   int64_t positions) {
+    const AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
+    return tokens * kv_heads * c.lane_groups * c.stretches * c.partial_floats();
+}
+
+// Causal attention of the last `tokens` of `positions`. query: strides given; key, value: rows contiguous, KV heads
+// `kv_head` elements apart; out [tokens, heads * head_dim].
+G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, const void* key, const void* value,
+                         int64_t kv_head, int32_t dtype, int64_t tokens, int64_t heads, int64_t kv_heads,
+                         int64_t head_dim, int64_t positions, float* work, void* out) {
+    AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
+    c.query = static_cast<const char*>(query);
+    c.key = static_cast<const char*>(key);
+    c.value = static_cast<const char*>(value);
+    c.out = static_cast<char*>(out);
+    c.partial = work;
+    c.query_token = query_token;
+    c.query_head = query_head;
+    c.kv_head = kv_head;
+    c.dtype = dtype;
+    c.scale = 1.0f / sqrtf(float(head_dim));
+    const int64_t parts = tokens * kv_heads * c.lane_groups;
+    pool_run({attend_piece, parts * c.stretches, false}, &c, sizeof c);
+    pool_run({combine_piece, parts, false}, &c, sizeof c);
+}

@@ -1,0 +1,151 @@
+// 16 lanes in plain C++: the path of every machine without one of its own, and the easiest to read.
+#pragma once
+#include <stdint.h>
+
+#include "abi.h"
+
+namespace {
+
+struct Isa {
+    static constexpr int Q8_OFFSET = 0;
+    static constexpr int DECODE_TOKENS = 4;
+    static constexpr int GEMM_TOKENS = 4;
+    static constexpr int PREFETCH_BYTES = 0;
+    static constexpr int FMA_TOKENS = 4;
+    static constexpr int N = 16;
+
+    struct Float {
+        float v[N];
+    };
+    struct Int {
+        int32_t v[N];
+    };
+
+    static inline Float set1(float x) {
+        Float a;
+        for (int i = 0; i < N; i++) a.v[i] = x;
+        return a;
+    }
+    static inline Float zero() { return set1(0.0f); }
+    static inline Float load(const float* p) {
+        Float a;
+        __builtin_memcpy(a.v, p, sizeof a.v);
+        return a;
+    }
+    static inline void store(float* p, Float a) { __builtin_memcpy(p, a.v, sizeof a.v); }
+    static inline Float add(Float a, Float b) {
+        for (int i = 0; i < N; i++) a.v[i] += b.v[i];
+        return a;
+    }
+    static inline Float mul(Float a, Float b) {
+        for (int i = 0; i < N; i++) a.v[i] *= b.v[i];
+        return a;
+    }
+    static inline Float max(Float a, Float b) {
+        for (int i = 0; i < N; i++) a.v[i] = b.v[i] > a.v[i] ? b.v[i] : a.v[i];
+        return a;
+    }
+    static inline Float fma(Float a, Float b, Float c) {
+        for (int i = 0; i < N; i++) c.v[i] += a.v[i] * b.v[i];
+        return c;
+    }
+    static inline Float to_float(Int a) {
+        Float b;
+        for (int i = 0; i < N; i++) b.v[i] = float(a.v[i]);
+        return b;
+    }
+    static inline Int int_set1(int32_t x) {
+        Int a;
+        for (int i = 0; i < N; i++) a.v[i] = x;
+        return a;
+    }
+    static inline Int int_load(const int32_t* p) {
+        Int a;
+        __builtin_memcpy(a.v, p, sizeof a.v);
+        return a;
+    }
+    static inline void int_store(int32_t* p, Int a) { __builtin_memcpy(p, a.v, sizeof a.v); }
+    static inline Int int_sub(Int a, Int b) { // wraps around, as vectors do
+        for (int i = 0; i < N; i++) a.v[i] = int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i]));
+        return a;
+    }
+    static inline Int int_mul(Int a, Int b) {
+        for (int i = 0; i < N; i++) a.v[i] *= b.v[i];
+        return a;
+    }
+    static inline Int load_bytes(const uint8_t* p) {
+        Int a;
+        for (int i = 0; i < N; i++) a.v[i] = p[i];
+        return a;
+    }
+    static inline Float load_scales(const void* p, int32_t dtype) {
+        if (dtype == G4_FP32) return load(static_cast<const float*>(p));
+        Float a;
+        uint16_t raw[N];
+        __builtin_memcpy(raw, p, sizeof raw);
+        for (int i = 0; i < N; i++) {
+            if (dtype == G4_BF16) {
+                const uint32_t bits = uint32_t(raw[i]) << 16;
+                __builtin_memcpy(&a.v[i], &bits, 4);
+            } else {
+                _Float16 half;
+                __builtin_memcpy(&half, &raw[i], 2);
+                a.v[i] = float(half);
+            }
+        }
+        return a;
+    }
+    static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+    template <int T>
+    static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
+        for (int64_t k = 0; k < count; k += 8, w += 64)
+            for (int t = 0; t < T; t++)
+                for (int r = 0; r < N; r++)
+                    for (int j = 0; j < 4; j++) {
+                        const int8_t* xt = x + t * stride + k + j;
+                        sums[t].v[r] += (w[4 * r + j] & 15) * xt[0] + (w[4 * r + j] >> 4) * xt[4];
+                    }
+    }
+    template <int T>
+    static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
+        for (int64_t k = 0; k < count; k += 4, w += 64)
+            for (int t = 0; t < T; t++)
+                for (int r = 0; r < N; r++)
+                    for (int j = 0; j < 4; j++) sums[t].v[r] += int8_t(w[4 * r + j]) * x[t * stride + k + j];
+    }
+    // Sums of q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
+    template <int T>
+    static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
+        for (int64_t k = 0; k < count; k += 4, w += 64)
+            for (int t = 0; t < T; t++)
+                for (int r = 0; r < N; r++)
+                    for (int j = 0; j < 4; j++) sums[t].v[r] += int8_t(w[4 * r + j]) * x[t * stride + k + j];
+    }
+    static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
+        for (int64_t k = 0; k < count; k += 8, w += 64, out += 128)
+            for (int i = 0; i < 64; i++) {
+                out[i] = w[i] & 15;
+                out[64 + i] = w[i] >> 4;
+            }
+    }
+    template <int T>
+    static inline void gemm_u4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        dot_q8<T>(w, x, stride, count, sums); // u is at most 15, the same signed or not
+    }
+    static inline Float column_q4(const uint8_t* block, int shift) {
+        Float a;
+        for (int r = 0; r < N; r++) a.v[r] = float(block[4 * r + shift / 8] >> (shift & 4) & 15);
+        return a;
+    }
+    static inline Float column_q8(const uint8_t* block, int byte) {
+        Float a;
+        for (int r = 0; r < N; r++) a.v[r] = float(int8_t(block[4 * r + byte]));
+        return a;
+    }
+};
+
+} // namespace

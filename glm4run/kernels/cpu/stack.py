@@ -1,0 +1,89 @@
+"""All decoder layers in one call of the native library, for a few new tokens.
+
+Does exactly what the modules do one after the other, with the same roundings, and without an interpreter in between:
+after a product has streamed tens of megabytes, every line of Python runs out of a cold cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm4run.config import ModelConfig
+from glm4run.errors import GenerationError
+from glm4run.kernels.cpu.backend import DTYPE_CODES, NativeWeight
+from glm4run.kernels.cpu.library import G4Layer, G4Output, G4Stack, native
+from glm4run.kernels.cpu.ops import MAX_ROTARY_DIM
+
+MAX_TOKENS = 8  # more are a prefill, whose attention torch does better
+
+
+class NativeStack:
+    """The layers of one model, by their addresses. Whoever holds it holds the model's tensors alive.
+
+    linears: per layer query, key, value, output, gate_up, down, each (weight, bias or None);
+    norms: per layer float32 input, post_attention and, or None, the two norms of the branches.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        linears: Sequence[Sequence[tuple[NativeWeight, Tensor | None]]],
+        norms: Sequence[Sequence[Tensor | None]],
+    ) -> None:
+        self._keep = (linears, norms)
+        self._layers: Any = (G4Layer * len(linears))()
+        for layer, parts, weights in zip(self._layers, linears, norms, strict=True):
+            addresses = [None if norm is None else norm.data_ptr() for norm in weights]
+            layer.input_norm, layer.post_attention_norm, layer.branch_attention_norm, layer.branch_mlp_norm = addresses
+            names = ("query", "key", "value", "output", "gate_up", "down")
+            for name, (weight, bias) in zip(names, parts, strict=True):
+                output = G4Output(weight=ctypes.pointer(weight.struct), bias=None if bias is None else bias.data_ptr())
+                setattr(layer, name, output)
+        self.dtype = dtype
+        self.max_tokens = MAX_TOKENS
+        self._stack = G4Stack(
+            layers=self._layers,
+            count=len(linears),
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rotary_half=config.rotary_dim // 2,
+            dtype=DTYPE_CODES[dtype],
+            eps=config.rms_norm_eps,
+        )
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], position: int
+    ) -> Tensor:
+        """x [T, hidden] through all layers; writes the new keys and values [KVH, capacity, D] behind `position`."""
+        assert x.dtype == self.dtype and keys[0].dtype == self.dtype and keys[0].is_contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
+        self._stack.capacity = keys[0].shape[1]
+        count = len(keys)
+        failed = native().g4_stack(
+            ctypes.byref(self._stack),
+            x.data_ptr(),
+            x.shape[0],
+            position,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            (c_void_p * count)(*[key.data_ptr() for key in keys]),
+            (c_void_p * count)(*[value.data_ptr() for value in values]),
+        )
+        if failed:
+            raise GenerationError("out of memory for the activations", hint="use a smaller --ctx")
+        return x
+
+
+def takes(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether a model of this shape and dtype can run as a stack. fp16 keeps its residual in another dtype."""
+    return dtype in (torch.bfloat16, torch.float32) and config.rotary_dim <= MAX_ROTARY_DIM

@@ -1,0 +1,77 @@
+"""What lies between the linears of a layer: norms, SwiGLU, rotation, attention. In torch, and in the native library.
+
+`Ops` is the torch code, which runs everywhere and is the reference. `NativeOps` gives the same results up to rounding,
+faster on a CPU, and leaves to torch whatever the library does not take. The model gets one of the two when it is made.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from glm4run.attention import grouped_query_attention
+from glm4run.kernels.cpu import ops as native
+from glm4run.kernels.cpu.library import why_missing
+from glm4run.layers import rms_norm
+from glm4run.rope import apply_rope
+
+# More new tokens than this are a prefill, where torch's blocked products are the better attention.
+NATIVE_ATTENTION_TOKENS = 8
+
+
+class Ops:
+    """The operations in torch."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., size] to the same shape and dtype."""
+        return rms_norm(x, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[..., 2 size] to [..., size]: silu of the first half times the second."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def rope(self, x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [..., T, heads * D], which may be overwritten, to turned heads [..., heads, T, D]; cos, sin [T, R/2]."""
+        return apply_rope(split_heads(x, head_dim), cos, sin)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attention.grouped_query_attention`: query [..., H, T, D] to [..., T, H * D]."""
+        return grouped_query_attention(query, key, value)
+
+
+class NativeOps(Ops):
+    """The operations in the native library, where it takes the tensors."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not native.runs(x, weight):
+            return super().rms_norm(x, weight, eps)
+        return native.rms_norm(x, weight.float(), eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return native.silu_mul(gate_up) if native.runs(gate_up) else super().silu_mul(gate_up)
+
+    def rope(self, x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
+        if x.ndim != 2 or 2 * cos.shape[-1] > native.MAX_ROTARY_DIM or not native.runs(x, cos, sin):
+            return super().rope(x, head_dim, cos, sin)
+        return split_heads(native.rope_(x, head_dim, cos, sin), head_dim)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        few = query.ndim == 3 and query.shape[1] <= NATIVE_ATTENTION_TOKENS
+        rows = all(t.stride(-1) == 1 for t in (query, key, value))
+        packed = rows and key.stride(1) == key.shape[2] and value.stride() == key.stride()
+        same = query.dtype == key.dtype == value.dtype
+        if not (few and packed and same and native.takes(query, key, value)):
+            return super().attention(query, key, value)
+        return native.attention(query, key, value)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[..., T, heads * D] to [..., heads, T, D]."""
+    heads: Tensor = x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
+    return heads
+
+
+def choose_ops(backend: str) -> Ops:
+    """The native operations, unless the user named a backend of torch's or the library is not there."""
+    return NativeOps() if backend in ("auto", "native") and why_missing() is None else Ops()
