@@ -21,7 +21,7 @@ from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, load_weights
-from glm4run.memory import MemoryPlan, Run
+from glm4run.memory import MemoryPlan, Run, resident_bytes
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
@@ -277,6 +277,7 @@ def load_model(
         raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
     folder = Path(path)
     started = time.perf_counter()
+    held = resident_bytes()  # before the tokenizer comes, which the plan counts by itself
     with ThreadPoolExecutor(max_workers=1) as beside:  # a large vocabulary takes a second of its own
         tokenizer = beside.submit(load_tokenizer, folder)
         weights = load_weights(
@@ -290,6 +291,7 @@ def load_model(
             rope_theta=rope_theta,
             yarn=yarn,
             progress=progress,
+            held_bytes=held,
         )
         return _assemble(folder, weights, tokenizer.result(), started)
 

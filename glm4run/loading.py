@@ -101,8 +101,11 @@ def load_weights(
     rope_theta: float | None = None,
     yarn: str = "auto",
     progress: Progress | None = None,
+    held_bytes: int | None = None,
 ) -> LoadedWeights:
     """Loads a dense or packed folder of any layout.
+
+    `held_bytes`: what the process held before anything of this model was loaded; None measures it now.
 
     Raises:
         CheckpointError: anything wrong with the files. DoesNotFitError: the context or the memory is exceeded.
@@ -123,7 +126,7 @@ def load_weights(
     }
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
-        run = planned_run(reader, config, specs, chosen, target, compute)
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=choose_ops(backend))
@@ -198,6 +201,7 @@ def planned_run(
     backend: Backend | None,
     device: torch.device,
     dtype: torch.dtype,
+    held_bytes: int | None,
 ) -> Run:
     """What is about to be loaded and run, as `memory` plans it."""
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
@@ -212,7 +216,9 @@ def planned_run(
     on_cpu = device.type == "cpu"
     tokenizer = memory.tokenizer_bytes(reader.folder, config.vocab_size)
     overhead = (
-        memory.process_overhead(memory.resident_bytes(), tokenizer) if on_cpu else memory.device_overhead(is_open=True)
+        memory.process_overhead(held_bytes or memory.resident_bytes(), tokenizer)
+        if on_cpu
+        else memory.device_overhead(is_open=True)
     )
     return Run(weights, weights.compute(config, dtype=dtype_name, device=device.type), overhead)
 

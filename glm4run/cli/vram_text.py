@@ -122,7 +122,7 @@ def _speed_lines(question: Question, rows: Sequence[Row], width: int) -> Lines:
             indent="  ",
         )
     elif question.target.device == "cpu":
-        yield from wrap("speed on a CPU depends on its memory: measure it with a short run", width)
+        yield from wrap("speed on a CPU depends on its memory: `glm4run bench` measures it", width)
 
 
 def next_command(question: Question, width: int) -> Lines:

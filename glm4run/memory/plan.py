@@ -23,8 +23,8 @@ RUNTIME_KV_BITS = (16,)  # what this version's cache can hold; vram also estimat
 HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is not weights
 # Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
 FRAGMENTATION_BYTES = 64 * MIB
-# What glibc's heap keeps between tensors that came and went, as a share of them. Source: measured, docs/vram.md.
-HEAP_SLACK_SHARE = 32
+# What glibc's heap keeps of tensors that came and went, as a share of them. Source: measured, docs/vram.md.
+HEAP_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 32 * MIB
 
 ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
 LOGITS = ("logits", "logits in float32", "sampling")
@@ -96,8 +96,10 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
         slack = _slack(run, context_len, row_bytes)
         terms.append(Term("allocator_slack", slack, "modelled", "2 MiB segments of weights and cache, fragments"))
     else:
-        slack = moment.bytes // HEAP_SLACK_SHARE
-        terms.append(Term("allocator_slack", slack, "modelled", f"1/{HEAP_SLACK_SHARE} of the forward's tensors"))
+        converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // HEAP_SLACK_SHARE)
+        slack = moment.bytes // HEAP_SLACK_SHARE + converted
+        formula = f"1/{HEAP_SLACK_SHARE} of the forward's tensors and of converted weights (these up to 32 MiB)"
+        terms.append(Term("allocator_slack", slack, "modelled", formula))
     terms.append(Term("loading", loading, "modelled", "what loading needs beyond running: a tensor being converted"))
     return MemoryPlan(context_len, tuple(terms), chunk, moment.step)
 

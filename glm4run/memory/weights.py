@@ -61,6 +61,11 @@ class Weights:
         return sums
 
     @cached_property
+    def converted_bytes(self) -> int:
+        """Of the weights that are not kept as they are read."""
+        return sum(item.bytes for item in self.kept if item.read_bytes)
+
+    @cached_property
     def loading_peak_bytes(self) -> int:
         """The most while loading: what is loaded so far, and the stored form of the tensor that is being converted."""
         loaded = most = 0

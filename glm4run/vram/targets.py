@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from glm4run.memory import Overhead, device_overhead, gib_text, parse_bytes, pro
 from glm4run.vram.detect import Found, Holder, detect_gpus, detect_ram
 from glm4run.vram.gpus import USABLE_SHARE, Gpu, find_gpu, load_gpus, match_gpu
 
-NATIVE_LIBRARY = "glm4run/kernels/cpu/glm4run_cpu.so"
+NATIVE_LIBRARY, NATIVE_LIBRARY_VARIABLE = "glm4run/kernels/cpu/glm4run_cpu.so", "GLM4RUN_CPU_LIBRARY"
 AVX512 = {"avx512bw", "avx512dq", "avx512vl"}  # with these torch counts bf16 products as fast
 
 
@@ -128,5 +129,8 @@ def _cpu_has_fast_bf16() -> bool:
 
 def _has_native_library() -> bool:
     """Looked for where it can be imported from, as importing the backends would import torch."""
+    named = os.environ.get(NATIVE_LIBRARY_VARIABLE)
+    if named:
+        return Path(named).is_file()
     package = Path(__file__).resolve().parents[2]
     return any((Path(root or ".") / NATIVE_LIBRARY).is_file() for root in (str(package), *sys.path))

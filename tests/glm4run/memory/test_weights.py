@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from glm4run.cards import demo_folder, load_cards
 from glm4run.checkpoint.layouts import linear_shapes
 from glm4run.kernels import LinearSpec, load_backend
+from glm4run.kernels.cpu.library import why_missing
 from glm4run.kernels.reference import ReferenceBackend
 from glm4run.kernels.torch_ops import CPU_TILE_BYTES, CUDA_TILE_BYTES, Int4PackedWeight, TorchBackend, _int4_kernel_runs
 from glm4run.kv_cache import KVCache
@@ -124,11 +124,7 @@ def test_tiles_are_those_of_the_kernels() -> None:
     assert (kernels.CPU_TILE_BYTES, kernels.CUDA_TILE_BYTES) == (CPU_TILE_BYTES, CUDA_TILE_BYTES)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("glm4run.kernels.cpu") is None
-    or importlib.util.find_spec("glm4run.kernels.cpu.backend") is None,
-    reason="this version has no native kernels",
-)
+@pytest.mark.skipif(why_missing() is not None, reason="the native library is not here")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_native_panels(symmetric: bool) -> None:
     backend = load_backend("native")
@@ -137,9 +133,9 @@ def test_native_panels(symmetric: bool) -> None:
             continue
         scheme = QuantScheme(bits, group, symmetric)
         spec = LinearSpec(n, k, scheme, torch.device("cpu"), torch.bfloat16)
-        if backend.why_unavailable(spec) is None:
-            linear = Linear(n, k, scheme)
-            assert kept_bytes(linear, "native", 2) == backend.prepacked_bytes(spec, linear.stored_bytes)
+        assert backend.why_unavailable(spec) is None
+        linear = Linear(n, k, scheme)
+        assert kept_bytes(linear, "native", 2) == backend.prepacked_bytes(spec, linear.stored_bytes)
 
 
 def test_meta_model_runs_the_int4_kernel() -> None:
