@@ -21,7 +21,7 @@ from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, load_weights
-from glm4run.memory import PREFILL_CHUNK, MemoryPlan
+from glm4run.memory import MemoryPlan, Run, resident_bytes
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
@@ -41,6 +41,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     config: ModelConfig
     plan: MemoryPlan
+    memory_run: Run
     dialect: Dialect | None  # None: a base model, or one without a known chat template
     card: Card | None
     stop_ids: frozenset[int]
@@ -75,8 +76,8 @@ class LoadedModel:
         self._check_prompt(ids)
         context = self.new_context()
         parts = [
-            self.model(self._tensor(ids[i : i + PREFILL_CHUNK]), context.cache, logits="all")
-            for i in range(0, len(ids), PREFILL_CHUNK)
+            self.model(self._tensor(ids[i : i + self.plan.chunk]), context.cache, logits="all")
+            for i in range(0, len(ids), self.plan.chunk)
         ]
         return torch.cat(parts)
 
@@ -218,10 +219,11 @@ class _Generation:
         new = self.context.reuse(prompt)
         started = time.perf_counter()
         logits: Tensor | None = None
-        if on_prefill is not None and len(new) > PREFILL_CHUNK:
+        size = self.owner.plan.chunk
+        if on_prefill is not None and len(new) > size:
             on_prefill(0, len(new))
-        for first in range(0, len(new), PREFILL_CHUNK):
-            chunk = new[first : first + PREFILL_CHUNK]
+        for first in range(0, len(new), size):
+            chunk = new[first : first + size]
             if first + len(chunk) < len(new):
                 self.owner.model.hidden_states(self.owner._tensor(chunk), self.context.cache)
             else:
@@ -275,6 +277,7 @@ def load_model(
         raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
     folder = Path(path)
     started = time.perf_counter()
+    held = resident_bytes()  # before the tokenizer comes, which the plan counts by itself
     with ThreadPoolExecutor(max_workers=1) as beside:  # a large vocabulary takes a second of its own
         tokenizer = beside.submit(load_tokenizer, folder)
         weights = load_weights(
@@ -288,6 +291,7 @@ def load_model(
             rope_theta=rope_theta,
             yarn=yarn,
             progress=progress,
+            held_bytes=held,
         )
         return _assemble(folder, weights, tokenizer.result(), started)
 
@@ -303,6 +307,7 @@ def _assemble(folder: Path, weights: LoadedWeights, tokenizer: Tokenizer, starte
         tokenizer=tokenizer,
         config=config,
         plan=weights.plan,
+        memory_run=weights.memory_run,
         dialect=dialect,
         card=card,
         stop_ids=stop_ids(config, generation, tokenizer),

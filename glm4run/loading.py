@@ -11,18 +11,17 @@ import torch
 from glm4run import memory
 from glm4run.cards import Card, match_card
 from glm4run.checkpoint.layouts import linear_shapes, quantized_linears
-from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig, read_config
 from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.kernels import ACTIVATIONS, Activations, Backend, LinearSpec, select_backend
 from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layer_stack import native_stack
 from glm4run.machine import default_threads
-from glm4run.memory import MemoryPlan
+from glm4run.memory import MemoryPlan, Run
 from glm4run.model import Glm4Model
 from glm4run.ops import choose_ops
-from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT
-from glm4run.tensor_loading import Progress, TensorLoader, kept_dtype
+from glm4run.tensor_loading import Progress, TensorLoader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LONG_CONTEXT, LONG_CONTEXT_THETA = 65536, 1e6
@@ -35,6 +34,7 @@ class LoadedWeights:
 
     model: Glm4Model
     plan: MemoryPlan
+    memory_run: Run  # what the plan was made of
     backend: str  # of the packed linears; "dense" where nothing is packed
     backend_detail: str  # the kernels that it runs here
     backend_reason: str
@@ -101,8 +101,11 @@ def load_weights(
     rope_theta: float | None = None,
     yarn: str = "auto",
     progress: Progress | None = None,
+    held_bytes: int | None = None,
 ) -> LoadedWeights:
     """Loads a dense or packed folder of any layout.
+
+    `held_bytes`: what the process held before anything of this model was loaded; None measures it now.
 
     Raises:
         CheckpointError: anything wrong with the files. DoesNotFitError: the context or the memory is exceeded.
@@ -123,8 +126,8 @@ def load_weights(
     }
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
-        weight_bytes = planned_weight_bytes(reader, specs, chosen, compute)
-        plan = choose_context(config, weight_bytes, target, compute, context_len)
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes)
+        plan = choose_context(run, target, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=choose_ops(backend))
         TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
@@ -133,6 +136,7 @@ def load_weights(
     return LoadedWeights(
         model,
         plan,
+        run,
         backend="dense" if chosen is None else chosen.name,
         backend_detail="dense" if chosen is None else chosen.describe(),
         backend_reason=reason,
@@ -168,46 +172,55 @@ def adapt_config(
     return config, notices
 
 
-def choose_context(
-    config: ModelConfig, weight_bytes: int, device: torch.device, dtype: torch.dtype, context_len: int | None
-) -> MemoryPlan:
+def choose_context(run: Run, device: torch.device, context_len: int | None) -> MemoryPlan:
     """The plan for the asked context, or for the largest that fits where none is asked."""
-    limit = config.max_position_embeddings
+    limit = run.config.max_position_embeddings
     if context_len is not None and context_len > limit:
         raise DoesNotFitError(
             f"a context of {context_len} tokens was asked for, this model has {limit}", hint=f"use --ctx {limit}"
         )
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
-    if available is None:
-        wanted = context_len or min(limit, DEFAULT_CONTEXT_WITHOUT_MEMORY)
-        return memory.plan_run(config, weight_bytes, wanted, dtype_bytes=dtype.itemsize)
-    fitting = memory.largest_context(config, weight_bytes, available, context_len or limit, dtype_bytes=dtype.itemsize)
-    if fitting == 0 or (context_len is not None and fitting < context_len):
-        needed = memory.plan_run(config, weight_bytes, context_len or 1, dtype_bytes=dtype.itemsize).peak_bytes
-        remedy = f"use --ctx {fitting}" if fitting else "quantize it with `glm4run quantize --bits 4`"
-        raise DoesNotFitError(
-            f"needs {needed / memory.GIB:.2f} GiB, {available / memory.GIB:.2f} GiB are free on {device}", hint=remedy
-        )
-    return memory.plan_run(config, weight_bytes, fitting, dtype_bytes=dtype.itemsize)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
+    if free is None:
+        return memory.plan_run(run, context_len or min(limit, DEFAULT_CONTEXT_WITHOUT_MEMORY))
+    plan = memory.choose_plan(run, free + run.overhead.held_bytes, context_len, limit)
+    if plan is not None:
+        return plan
+    needed = memory.plan_run(run, context_len or 1).peak_bytes - run.overhead.held_bytes
+    smaller = None if context_len is None else memory.choose_plan(run, free + run.overhead.held_bytes, None, limit)
+    remedy = "quantize it with `glm4run quantize --bits 4`" if smaller is None else f"use --ctx {smaller.context_len}"
+    raise DoesNotFitError(
+        f"needs {needed / memory.GIB:.2f} GiB, {free / memory.GIB:.2f} GiB are free on {device}",
+        hint=f"{remedy}; `glm4run vram` shows what fits",
+    )
 
 
-def planned_weight_bytes(
-    reader: CheckpointReader, specs: dict[str, LinearSpec], backend: Backend | None, dtype: torch.dtype
-) -> int:
-    """Bytes of the loaded weights, exactly: packed linears as their backend keeps them, the rest by `kept_dtype`."""
-    total = 0
-    packed: dict[str, int] = dict.fromkeys(specs, 0)
-    for name, source in reader.sources.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in (PACKED, SCALE, ZERO_POINT):
-            packed[module] += source.nbytes
-        elif suffix != SHAPE:
-            stored = TORCH_DTYPES[source.entry.dtype]
-            total += source.nbytes // stored.itemsize * kept_dtype(module, stored, dtype).itemsize
-    for module, nbytes in packed.items():
-        assert backend is not None  # something is packed, so there is one
-        total += backend.prepacked_bytes(specs[module], nbytes)
-    return total
+def planned_run(
+    reader: CheckpointReader,
+    config: ModelConfig,
+    specs: dict[str, LinearSpec],
+    backend: Backend | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    held_bytes: int | None,
+) -> Run:
+    """What is about to be loaded and run, as `memory` plans it."""
+    dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
+    weights = memory.plan_weights(
+        config,
+        {name: (source.entry.dtype, source.shape) for name, source in reader.sources.items()},
+        {module: spec.scheme for module, spec in specs.items()},
+        backend="dense" if backend is None else backend.name,
+        dtype=dtype_name,
+        device=device.type,
+    )
+    on_cpu = device.type == "cpu"
+    tokenizer = memory.tokenizer_bytes(reader.folder, config.vocab_size)
+    overhead = (
+        memory.process_overhead(held_bytes or memory.resident_bytes(), tokenizer)
+        if on_cpu
+        else memory.device_overhead(is_open=True)
+    )
+    return Run(weights, weights.compute(config, dtype=dtype_name, device=device.type), overhead)
 
 
 def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:

@@ -24,6 +24,7 @@ class Session:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     _context: Context = field(init=False)
+    most_context_used: int = 0  # over all conversations so far
     _ids: list[int] = field(init=False)  # every token so far, exactly as the model saw and produced them
 
     def __post_init__(self) -> None:
@@ -96,4 +97,5 @@ class Session:
                 yield step
         finally:
             self._ids = [*prompt, *produced]
+            self.most_context_used = max(self.most_context_used, len(self._ids))
             self.messages += [question, Message("assistant", "".join(answer))]

@@ -22,7 +22,10 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def kept_dtype(module: str, stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """The embedding stays as stored; norms are float32, in which they are computed; all else is in `dtype`."""
+    """The embedding stays as stored; norms are float32, in which they are computed; all else is in `dtype`.
+
+    `memory.weights.kept_element_bytes` plans by the same rule.
+    """
     if module == "model.embed_tokens":
         return stored
     return torch.float32 if module.endswith("norm") else dtype

@@ -44,6 +44,7 @@ def chat(
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
     yarn: options.Yarn = "auto",
+    check_plan: options.CheckPlan = False,
 ) -> None:
     """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
     _, loaded = options.load(
@@ -73,7 +74,10 @@ def chat(
         loaded = _with_forced_dialect(loaded)
     from glm4run.session import Session
 
-    _converse(Session(loaded, params, system=system), _line_reader())
+    session = Session(loaded, params, system=system)
+    _converse(session, _line_reader())
+    if check_plan:
+        options.say_plan_check(loaded, session.most_context_used)
 
 
 def _with_forced_dialect(loaded: LoadedModel) -> LoadedModel:

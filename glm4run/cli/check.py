@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from glm4run.checking import check_folder
 from glm4run.cli.console import talk, write_json
 from glm4run.errors import EXIT_ERROR
 
@@ -18,6 +17,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document")] = False,
 ) -> int:
     """Check headers, config, scales and tokenizer of a model folder; takes seconds and loads no weights."""
+    from glm4run.checking import check_folder  # with numpy, which the other commands start without
+
     problems = check_folder(folder)
     if as_json:
         keys = ("file", "tensor", "what", "hint")

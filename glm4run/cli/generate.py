@@ -49,6 +49,7 @@ def generate(
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
     yarn: options.Yarn = "auto",
+    check_plan: options.CheckPlan = False,
 ) -> int:
     """Generate an answer to PROMPT, or answers to every line of a file."""
     if (input_file is None) != (output_file is None):
@@ -80,10 +81,11 @@ def generate(
         stop=stop,
     )
     if input_file is not None and output_file is not None:
-        return _run_batch(loaded, params, input_file, output_file, chat=chat, system=system)
+        return _run_batch(loaded, params, input_file, output_file, chat=chat, system=system, check_plan=check_plan)
     assert text is not None
     _say_how_prompts_are_taken(loaded, chat=chat)
-    return _run_one(loaded, params, _as_prompt(loaded, text, chat=chat, system=system), as_json=as_json)
+    prompt_ids = _as_prompt(loaded, text, chat=chat, system=system)
+    return _run_one(loaded, params, prompt_ids, as_json=as_json, check_plan=check_plan)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -119,7 +121,7 @@ def _say_how_prompts_are_taken(loaded: LoadedModel, *, chat: bool | None) -> Non
         note("no chat template: continuing the text behind the [gMASK]<sop> prefix")
 
 
-def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_json: bool) -> int:
+def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_json: bool, check_plan: bool) -> int:
     from glm4run.answer import collect
 
     def show(text: str, thought: str) -> None:
@@ -135,6 +137,8 @@ def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_jso
     else:
         write_text("\n")
         _say_how_it_ended(answer)
+    if check_plan:
+        options.say_plan_check(loaded, answer.prompt_tokens + answer.completion_tokens)
     if answer.error is not None:
         raise Glm4RunError(answer.error.message, hint=answer.error.hint, exit_code=answer.error.exit_code)
     return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
@@ -150,14 +154,21 @@ def _say_how_it_ended(answer: Answer) -> None:
 
 
 def _run_batch(
-    loaded: LoadedModel, params: SamplingParams, source: Path, target: Path, *, chat: bool | None, system: str | None
+    loaded: LoadedModel,
+    params: SamplingParams,
+    source: Path,
+    target: Path,
+    *,
+    chat: bool | None,
+    system: str | None,
+    check_plan: bool,
 ) -> int:
     from glm4run.batch import read_requests, run_batch
 
     requests = read_requests(source)
     if any(request.prompt is not None for request in requests):
         _say_how_prompts_are_taken(loaded, chat=chat)
-    done = 0
+    done = most = 0
     for done, total, answer in run_batch(
         loaded,
         requests,
@@ -166,8 +177,11 @@ def _run_batch(
         as_prompt=lambda text: _as_prompt(loaded, text, chat=chat, system=system),
     ):
         note(f"{done}/{total}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}")
+        most = max(most, answer.prompt_tokens + answer.completion_tokens)
         if answer.finish_reason == "interrupted":
             note(f"interrupted: run the same command again to go on after {done - 1} answers")
             return EXIT_INTERRUPTED
     note(f"{len(requests)} answers are in {target}")
+    if check_plan:
+        options.say_plan_check(loaded, most)
     return 0

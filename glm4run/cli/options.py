@@ -29,6 +29,9 @@ Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 o
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
 RopeTheta = Annotated[float | None, typer.Option(help="Override the RoPE base of the config")]
+CheckPlan = Annotated[
+    bool, typer.Option("--check-plan", help="At the end, compare the memory plan with the measured peak")
+]
 Yarn = Annotated[str, typer.Option(help="YaRN for the 0414 series beyond 32k: auto, on or off")]
 MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens; default: when the context is full")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: what the model asks for")]
@@ -106,9 +109,9 @@ def require_chat(found: FoundModel) -> Dialect:
 
 def _announce(found: FoundModel, loaded: LoadedModel) -> None:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    weights = next(term.bytes for term in loaded.plan.terms if term.name == "weights")
     note(
-        f"{found.name}: {decimal(weights)} of weights, backend {loaded.backend_detail} ({loaded.backend_reason}), "
+        f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "
+        f"backend {loaded.backend_detail} ({loaded.backend_reason}), "
         f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
     )
     for notice in loaded.notices:
@@ -120,6 +123,13 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
             "little else.",
             style="yellow",
         )
+
+
+def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
+    """`--check-plan`: the plan, the measured peak, and the error between them."""
+    from glm4run.plan_check import check_plan
+
+    note(check_plan(loaded.memory_run, loaded.plan, loaded.device, tokens_held).describe())
 
 
 def sampling_params(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4run import LoadedModel, SamplingParams, generate, load_model
+from glm4run import LoadedModel, SamplingParams, load_model
 from glm4run.answer import collect
 from glm4run.chat_format import Message, encode_chat
 from glm4run.dialects import DIALECTS
@@ -41,6 +41,11 @@ WEATHER = {"type": "function", "function": {"name": "get_weather", "description"
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A real network of random weights in the 2024 chat dialect, context 512."""
     return loaded_model(tmp_path_factory.mktemp("generate") / "tiny", context_len=CONTEXT)
+
+
+def in_chunks(model: LoadedModel, chunk: int) -> LoadedModel:
+    """The same model with a plan that feeds `chunk` tokens at once."""
+    return dataclasses.replace(model, plan=dataclasses.replace(model.plan, chunk=chunk))
 
 
 def text_of(steps: Iterable[GenerationStep]) -> str:
@@ -222,24 +227,22 @@ def test_base_model_refuses_messages_and_names_chat_variants(tiny: LoadedModel) 
     assert caught.value.hint is not None and "glm-4-9b-chat" in caught.value.hint
 
 
-def test_prefill_in_chunks_is_the_same(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_chunks_is_the_same(tiny: LoadedModel) -> None:
     prompt = [*PREFIX, *range(60)]
     whole, logits = ids_of(tiny.stream(prompt, GREEDY)), tiny.logits(prompt)
     model, scripted = with_script(tiny, "")
     for chunk in (1, 7, 31, 62, 100):
-        monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
-        assert ids_of(tiny.stream(prompt, GREEDY)) == whole
-        assert torch.allclose(tiny.logits(prompt), logits, atol=1e-4)
+        assert ids_of(in_chunks(tiny, chunk).stream(prompt, GREEDY)) == whole
+        assert torch.allclose(in_chunks(tiny, chunk).logits(prompt), logits, atol=1e-4)
         scripted.fed.clear()
-        list(model.stream(prompt))
+        list(in_chunks(model, chunk).stream(prompt))
         assert scripted.all_fed == prompt
         assert max(len(part) for part in scripted.fed) == min(chunk, len(prompt))
 
 
-def test_prefill_reports_its_progress(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 4)
+def test_prefill_reports_its_progress(tiny: LoadedModel) -> None:
     calls: list[tuple[int, int]] = []
-    list(tiny.stream([1] * 10, GREEDY, on_prefill=lambda done, total: calls.append((done, total))))
+    list(in_chunks(tiny, 4).stream([1] * 10, GREEDY, on_prefill=lambda done, total: calls.append((done, total))))
     assert calls == [(0, 10), (4, 10), (8, 10), (10, 10)]
 
 
@@ -297,9 +300,9 @@ def test_reused_context_gives_the_same_answer(tiny: LoadedModel) -> None:
 @pytest.mark.parametrize("interrupt_at", range(5))
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_interrupt_inside_a_forward_leaves_the_context_whole(
-    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], interrupt_at: int
+    tiny: LoadedModel, error: type[BaseException], interrupt_at: int
 ) -> None:
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 16)
+    tiny = in_chunks(tiny, 16)
     prompt = [*PREFIX, *range(40)]  # three chunks
     context = tiny.new_context()
     forwards = 0

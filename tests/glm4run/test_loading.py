@@ -20,6 +20,7 @@ from glm4run.errors import BackendError, CheckpointError, DoesNotFitError, Usage
 from glm4run.kernels import reference
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import adapt_config, choose_context, choose_device, choose_dtype, load_weights
+from glm4run_quantize.recipes import choose_recipe
 from tests.builders import (
     SAME_MODEL,
     VOCAB,
@@ -137,14 +138,14 @@ def test_no_dense_copy_of_a_packed_weight_is_kept(packed: Path, backend: str, dt
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_plan_counts_the_weights_that_are_held(packed: Path, backend: str, dtype: str) -> None:
     loaded = load_model(packed, backend=backend, dtype=dtype)
-    planned = next(term.bytes for term in loaded.plan.terms if term.name == "weights")
+    planned = loaded.plan.weight_bytes
     held = sum(t.numel() * t.element_size() for t in tensors_held(loaded.model))
     assert planned * 0.95 <= held <= planned * 1.05
 
 
 def test_plan_counts_dense_weights_exactly(tmp_path: Path) -> None:
     loaded = load_model(write_checkpoint(tmp_path, "glm4", dtype=torch.bfloat16), dtype="fp32")
-    planned = next(term.bytes for term in loaded.plan.terms if term.name == "weights")
+    planned = loaded.plan.weight_bytes
     assert planned == sum(t.numel() * t.element_size() for t in tensors_held(loaded.model))
 
 
@@ -243,6 +244,19 @@ def test_scale_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None
 # --- contexts
 
 
+def run_of(config: ModelConfig) -> memory.Run:
+    """int4 weights of a member on the CPU; the process is counted as 300 MiB that are still to be taken."""
+    schemes = choose_recipe(config, 4)[0].schemes(config)
+    weights = memory.plan_weights(
+        config, memory.stored_tensors(config, schemes), schemes, backend="torch", dtype="bf16", device="cpu"
+    )
+    overhead = memory.Overhead("process", 300 * memory.MIB, "modelled", "")
+    return memory.Run(weights, weights.compute(config, dtype="bf16", device="cpu"), overhead)
+
+
+CHAT = run_of(load_cards()["glm-4-9b-chat"].config)
+
+
 def available(monkeypatch: pytest.MonkeyPatch, value: int | None) -> None:
     monkeypatch.setattr(memory, "available_ram_bytes", lambda: value)
 
@@ -262,21 +276,36 @@ def test_context_beyond_the_model_names_its_limit(packed: Path) -> None:
 
 def test_memory_unknown_gives_a_modest_context(monkeypatch: pytest.MonkeyPatch) -> None:
     available(monkeypatch, None)
-    config = load_cards()["glm-4-9b-chat"].config
-    assert choose_context(config, GIB, CPU, torch.bfloat16, None).context_len == 8192
-    assert choose_context(config, GIB, CPU, torch.bfloat16, 100_000).context_len == 100_000
+    assert choose_context(CHAT, CPU, None).context_len == 8192
+    assert choose_context(CHAT, CPU, 100_000).context_len == 100_000
 
 
 def test_context_beyond_the_memory_names_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_cards()["glm-4-9b-chat"].config
     available(monkeypatch, 10 * GIB)
-    fitting = choose_context(config, 6 * GIB, CPU, torch.bfloat16, None)
+    fitting = choose_context(CHAT, CPU, None)
     assert 1000 < fitting.context_len < 131072
+    assert fitting.chunk == memory.PREFILL_CHUNK
     assert fitting.peak_bytes <= 10 * GIB
-    assert choose_context(config, 6 * GIB, CPU, torch.bfloat16, fitting.context_len) == fitting
-    with pytest.raises(DoesNotFitError, match=r"needs 10\.00 GiB, 10\.00 GiB are free on cpu") as caught:
-        choose_context(config, 6 * GIB, CPU, torch.bfloat16, fitting.context_len + 1)
-    assert caught.value.hint == f"use --ctx {fitting.context_len}"
+    assert choose_context(CHAT, CPU, fitting.context_len) == fitting
+    with pytest.raises(DoesNotFitError, match=r"GiB, 10\.00 GiB are free on cpu") as caught:
+        choose_context(CHAT, CPU, 131072)
+    assert caught.value.hint == f"use --ctx {fitting.context_len}; `glm4run vram` shows what fits"
+
+
+def test_context_that_fits_only_with_a_smaller_chunk_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    available(monkeypatch, 10 * GIB)
+    largest = choose_context(CHAT, CPU, None)
+    longer = choose_context(CHAT, CPU, largest.context_len + 500)
+    assert longer.context_len == largest.context_len + 500
+    assert longer.chunk < largest.chunk
+    assert longer.peak_bytes <= 10 * GIB
+
+
+def test_what_the_process_holds_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    available(monkeypatch, 10 * GIB)
+    held = dataclasses.replace(CHAT, overhead=dataclasses.replace(CHAT.overhead, held_bytes=300 * memory.MIB))
+    more = choose_context(held, CPU, None).context_len - choose_context(CHAT, CPU, None).context_len
+    assert more > 5000  # at 40 KiB a token and a little for attention
 
 
 def test_weights_beyond_the_memory_say_what_to_do(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,14 +317,13 @@ def test_weights_beyond_the_memory_say_what_to_do(packed: Path, monkeypatch: pyt
 
 @given(st.integers(0, 40 * GIB), st.integers(1, 131072), st.integers(1, 131072))
 def test_what_fits_fits_at_every_smaller_context(ram: int, one: int, other: int) -> None:
-    config = load_cards()["glm-4-9b-chat"].config
     small, large = sorted((one, other))
 
     def fits(context_len: int) -> bool:
         with pytest.MonkeyPatch.context() as patch:
             available(patch, ram)
             try:
-                plan = choose_context(config, 6 * GIB, CPU, torch.bfloat16, context_len)
+                plan = choose_context(CHAT, CPU, context_len)
             except DoesNotFitError:
                 return False
             return plan.context_len == context_len and plan.peak_bytes <= ram
@@ -348,7 +376,7 @@ def test_yarn_off_keeps_the_native_context() -> None:
     assert adapt_0414(None, "off", stretched)[0] == load_cards()["GLM-4-9B-0414"].config
     config, _ = adapt_0414(65536, "off")
     with pytest.raises(DoesNotFitError):
-        choose_context(config, GIB, CPU, torch.bfloat16, 65536)
+        choose_context(run_of(config), CPU, 65536)
 
 
 def test_yarn_for_a_model_that_is_not_stretched_is_an_error(packed: Path) -> None:
@@ -372,6 +400,5 @@ def test_planned_weight_bytes_are_those_of_the_loaded_tensors(backend: str, dtyp
     loaded = load_weights(demo_folder(), backend=backend, dtype=dtype)
     held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     held += sum(m.prepacked.nbytes for m in loaded.model.modules() if isinstance(m, QuantizedLinear))
-    planned = next(term for term in loaded.plan.terms if term.name == "weights")
-    assert planned.kind == "exact"
-    assert planned.bytes == held
+    assert {term.kind for term in loaded.plan.terms if term.name in memory.WEIGHT_TERMS} == {"exact"}
+    assert loaded.plan.weight_bytes == held

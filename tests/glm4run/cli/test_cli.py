@@ -22,7 +22,7 @@ from glm4run.cli import app, main
 from tests.builders import PREFIX, SPECIAL_IDS, edit_json, edit_tensors, write_checkpoint, write_json, write_packed
 
 REPO = Path(__file__).resolve().parents[3]
-COMMANDS = ("chat", "generate", "quantize", "tokenize", "info", "models", "check")
+COMMANDS = ("chat", "generate", "quantize", "vram", "tokenize", "info", "models", "check")
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 GENERATE_KEYS = [
@@ -103,6 +103,8 @@ def test_light_commands_start_without_torch(models: Path) -> None:
         *(["check", str(models / "small")], ["info", str(models / "small")], ["info", "--json"], ["models"]),
         *(["models", "--json"], ["tokenize", "hello", "-m", "base"]),
         ["tokenize", json.dumps(MESSAGES), "--chat", "-m", "talker"],
+        *(["vram"], ["vram", "small", "--json"], ["vram", "--gpu", "4090", "--explain"], ["vram", "--gpu", "all"]),
+        *(["vram", "--gpu", "8GB", "--plot"], ["vram", "--runtime", "hf-remote", "--ctx", "1k"]),
         *(["info", "nothing"], ["generate", "x", "-m", "nothing"], ["chat", "base"], ["generate", "--wrong"]),
     ]
     code = (

@@ -1,0 +1,53 @@
+"""What a run needs of memory, and what there is of it: the one place that counts bytes. No torch.
+
+`vram` prints a plan, the loader chooses context and chunk by the same plan, `--check-plan` compares it with the peak.
+"""
+
+from glm4run.memory.available import available_ram_bytes, peak_resident_bytes, resident_bytes, total_ram_bytes
+from glm4run.memory.overhead import Overhead, device_overhead, process_overhead, tokenizer_bytes
+from glm4run.memory.plan import (
+    HEADROOM_BYTES,
+    RUNTIME_KV_BITS,
+    SMALLER_CHUNKS,
+    Run,
+    choose_plan,
+    kv_bytes_per_token,
+    largest_context,
+    plan_run,
+)
+from glm4run.memory.sizes import GIB, MIB, gib_text, parse_bytes, parse_size, tokens_text
+from glm4run.memory.terms import PREFILL_CHUNK, WEIGHT_TERMS, MemoryPlan, Term
+from glm4run.memory.weights import Stored, Weights, plan_weights, stored_tensors
+
+__all__ = [
+    "GIB",
+    "HEADROOM_BYTES",
+    "MIB",
+    "PREFILL_CHUNK",
+    "RUNTIME_KV_BITS",
+    "SMALLER_CHUNKS",
+    "WEIGHT_TERMS",
+    "MemoryPlan",
+    "Overhead",
+    "Run",
+    "Stored",
+    "Term",
+    "Weights",
+    "available_ram_bytes",
+    "choose_plan",
+    "device_overhead",
+    "gib_text",
+    "kv_bytes_per_token",
+    "largest_context",
+    "parse_bytes",
+    "parse_size",
+    "peak_resident_bytes",
+    "plan_run",
+    "plan_weights",
+    "process_overhead",
+    "resident_bytes",
+    "stored_tensors",
+    "tokenizer_bytes",
+    "tokens_text",
+    "total_ram_bytes",
+]

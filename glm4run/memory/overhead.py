@@ -1,0 +1,57 @@
+"""What a process takes beside the model's tensors: on the CPU itself and its tokenizer, on a GPU the CUDA context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm4run.memory.sizes import MIB
+from glm4run.memory.terms import Kind
+
+# A process that has imported torch and glm4run, before it loads anything. Source: measured, docs/vram.md.
+PROCESS_BYTES = 224 * MIB
+# Pages of the libraries that are touched only while loading and running. Source: measured, docs/vram.md.
+LATER_BYTES = 23 * MIB
+# Memory of a loaded tokenizer, for each byte of its file, or of the family's token. Source: measured, docs/vram.md.
+TOKENIZER_JSON_FACTOR, TOKENIZER_MODEL_FACTOR, TOKENIZER_BYTES_PER_TOKEN = 16.0, 46.0, 800
+# CUDA context and cuBLAS of a process. Source: 451-456 MiB on an RTX 4090 (ggml-org/llama.cpp pull request 15860).
+DEVICE_CONTEXT_BYTES = 450 * MIB
+CUBLAS_BYTES = 32 * MIB  # of it, taken by the first product
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a process takes on its device beside tensors."""
+
+    name: str
+    bytes: int
+    kind: Kind
+    formula: str
+    held_bytes: int = 0  # what is taken already, and so is not part of what is still free
+
+
+def process_overhead(measured_bytes: int | None, tokenizer: int) -> Overhead:
+    """Of a run on the CPU: what the process holds already, or what it usually does, and its tokenizer."""
+    later = LATER_BYTES + tokenizer
+    formula = f"and its tokenizer, about {tokenizer / MIB:.0f} MiB"
+    if measured_bytes is None:
+        return Overhead("process", PROCESS_BYTES + later, "modelled", f"interpreter, torch, {formula}")
+    return Overhead("process", measured_bytes + later, "measured", f"held before loading, {formula}", measured_bytes)
+
+
+def tokenizer_bytes(folder: Path | None, vocab_size: int) -> int:
+    """What the tokenizer of a folder takes once it is loaded; that of the family where there is no folder."""
+    for name, factor in (("tokenizer.json", TOKENIZER_JSON_FACTOR), ("tokenizer.model", TOKENIZER_MODEL_FACTOR)):
+        path = None if folder is None else folder / name
+        if path is not None and path.is_file():
+            return int(factor * path.stat().st_size)
+    return TOKENIZER_BYTES_PER_TOKEN * vocab_size
+
+
+def device_overhead(context_bytes: int | None = None, *, is_open: bool = False) -> Overhead:
+    """Of a run on a GPU: the CUDA context and cuBLAS. `is_open`: the context is there already."""
+    if context_bytes is None:
+        held = DEVICE_CONTEXT_BYTES - CUBLAS_BYTES if is_open else 0
+        formula = "CUDA context and cuBLAS of one process"
+        return Overhead("device_context", DEVICE_CONTEXT_BYTES, "modelled", formula, held)
+    return Overhead("device_context", context_bytes, "measured", "CUDA context and cuBLAS, as given")

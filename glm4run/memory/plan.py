@@ -1,0 +1,163 @@
+"""`MemoryPlan`: every byte of a run, by name, and the largest context that fits. No torch.
+
+Each term is exact (it is allocated so, to the byte), modelled (a formula that the tests check against runs) or measured
+on this machine. The total is the fullest moment: what stays, and the forward's fullest step or the loading's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from glm4run.config import ModelConfig
+from glm4run.memory.allocator import reserved_for_equal
+from glm4run.memory.overhead import Overhead
+from glm4run.memory.sizes import MIB, tokens_text
+from glm4run.memory.terms import PREFILL_CHUNK, Kind, MemoryPlan, Term
+from glm4run.memory.weights import Weights
+from glm4run.memory.workspace import Compute, forward_peak
+
+SMALLER_CHUNKS = (256, 128, 64)  # what a context that would not fit otherwise is tried with
+RUNTIME_KV_BITS = (16,)  # what this version's cache can hold; vram also estimates 8 and 4
+HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is not weights
+# Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
+FRAGMENTATION_BYTES = 64 * MIB
+# What glibc's heap keeps of tensors that came and went, as a share of them. Source: measured, docs/vram.md.
+HEAP_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 32 * MIB
+
+ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
+LOGITS = ("logits", "logits in float32", "sampling")
+
+
+def _nothing_more(context_len: int) -> tuple[Term, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be planned: weights, how they compute, and where."""
+
+    weights: Weights
+    compute: Compute
+    overhead: Overhead
+    chunk: int = PREFILL_CHUNK
+    kv_bits: int = 16
+    logits_rows: int = 1  # k + 1 where k drafted tokens are verified at once
+    extra_terms: Callable[[int], tuple[Term, ...]] = _nothing_more  # at a context: a draft model, other buffers
+    not_here: Mapping[str, int] = dataclasses.field(default_factory=dict)  # weight classes kept elsewhere, in bytes
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.compute.config
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
+    """Keys and values of one token over all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype_bytes
+
+
+def kv_row_bytes(head_dim: int, kv_bits: int, dtype_bytes: int) -> int:
+    """One key (or value) of one head: as computed at 16 bits; int8 with a 16-bit scale; int4 with scale and zero."""
+    return {16: head_dim * dtype_bytes, 8: head_dim + 2, 4: head_dim // 2 + 4}[kv_bits]
+
+
+def plan_run(run: Run, context_len: int) -> MemoryPlan:
+    """The plan of sequences of up to `context_len` tokens. No term shrinks as the context, batch or chunk grows."""
+    compute, config = run.compute, run.config
+    chunk = min(run.chunk, context_len)
+    rows = 2 * config.num_hidden_layers * config.num_key_value_heads
+    row_bytes = kv_row_bytes(config.head_dim, run.kv_bits, compute.dtype_bytes)
+    kv_cache = rows * row_bytes * context_len * compute.batch
+    moment = forward_peak(compute, chunk, context_len, logits_rows=run.logits_rows)
+    attention = sum(moment.tensors.get(name, 0) for name in ATTENTION)
+    logits = sum(moment.tensors.get(name, 0) for name in LOGITS)
+    weights = _weight_terms(run)
+    staying = sum(term.bytes for term in weights) + kv_cache + moment.bytes
+    per_tensor = f"2 x {config.num_hidden_layers} layers x {config.num_key_value_heads} KV heads x {row_bytes} B"
+    batch = f" x {compute.batch} sequences" if compute.batch > 1 else ""
+    kv_kind: Kind = "exact" if run.kv_bits in RUNTIME_KV_BITS else "modelled"
+    terms = [
+        *weights,
+        Term("kv_cache", kv_cache, kv_kind, f"{per_tensor} x {context_len} tokens{batch}"),
+        Term(
+            "prefill_activations",
+            moment.bytes - attention - logits,
+            "modelled",
+            f"the other tensors of a {chunk}-token chunk's fullest step ({moment.step})",
+        ),
+        Term("attention", attention, "modelled", _attention_formula(moment.tensors, context_len)),
+        Term("logits", logits, "modelled", f"{run.logits_rows} positions; 0 where another step is the fullest"),
+        *run.extra_terms(context_len),
+        Term(run.overhead.name, run.overhead.bytes, run.overhead.kind, run.overhead.formula),
+    ]
+    loading = max(0, run.weights.loading_peak_bytes - sum(run.not_here.values()) - staying)
+    if compute.device == "cuda":
+        slack = _slack(run, context_len, row_bytes)
+        terms.append(Term("allocator_slack", slack, "modelled", "2 MiB segments of weights and cache, fragments"))
+    else:
+        converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // HEAP_SLACK_SHARE)
+        slack = moment.bytes // HEAP_SLACK_SHARE + converted
+        formula = f"1/{HEAP_SLACK_SHARE} of the forward's tensors and of converted weights (these up to 32 MiB)"
+        terms.append(Term("allocator_slack", slack, "modelled", formula))
+    terms.append(Term("loading", loading, "modelled", "what loading needs beyond running: a tensor being converted"))
+    return MemoryPlan(context_len, tuple(terms), chunk, moment.step)
+
+
+def _weight_terms(run: Run) -> list[Term]:
+    classes = run.weights.by_class
+    linears = {linear.scheme.describe() for linear, _ in run.weights.kernels.values() if linear.scheme is not None}
+    formulas = {
+        "linears": f"values of q, k, v, o, gate_up, down: {', '.join(sorted(linears)) or run.compute.dtype}",
+        "scales": "scales and zero points, as the kernel keeps them",
+        "embedding": f"{run.config.vocab_size} x {run.config.hidden_size} as stored",
+        "head": "shared with the embedding" if run.config.tie_word_embeddings else "lm_head's values",
+        "norms_and_biases": "norms in float32, biases in the compute dtype",
+    }
+    return [
+        Term(name, nbytes - run.not_here.get(name, 0), "modelled" if name in run.not_here else "exact", formulas[name])
+        for name, nbytes in classes.items()
+    ]
+
+
+def _attention_formula(tensors: Mapping[str, int], context_len: int) -> str:
+    parts = [f"{name} {tensors[name] / MIB:.1f} MiB" for name in ATTENTION if name in tensors]
+    return f"at {tokens_text(context_len)}: " + (", ".join(parts) or "another step is fuller")
+
+
+def _slack(run: Run, context_len: int, row_bytes: int) -> int:
+    """What the caching allocator reserves beyond the tensors' own bytes.
+
+    Weights and cache are replayed; a cache tensor in a shared segment counts as if its segment were its own, so that
+    the sum never shrinks as the context grows.
+    """
+    config = run.config
+    tensor = config.num_key_value_heads * row_bytes * context_len * run.compute.batch
+    count = 2 * config.num_hidden_layers
+    cache = reserved_for_equal(tensor, count) - count * tensor
+    return run.weights.reserved_bytes - run.weights.bytes + max(0, cache) + FRAGMENTATION_BYTES
+
+
+def largest_context(run: Run, available_bytes: int, limit: int) -> int:
+    """The largest context up to `limit` whose plan fits; 0 if none does. The plan is monotone in the context."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_run(run, middle).peak_bytes <= available_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def choose_plan(run: Run, available_bytes: int, wanted: int | None, limit: int) -> MemoryPlan | None:
+    """What a run executes: the wanted context, or the largest that fits; None where nothing does.
+
+    A smaller chunk costs speed, so it is taken only where the wanted context (or any at all) needs it.
+    """
+    for chunk in (run.chunk, *(size for size in SMALLER_CHUNKS if size < run.chunk)):
+        candidate = dataclasses.replace(run, chunk=chunk)
+        fitting = largest_context(candidate, available_bytes, wanted or limit)
+        if fitting and (wanted is None or fitting == wanted):
+            return plan_run(candidate, fitting)
+    return None
