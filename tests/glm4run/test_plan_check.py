@@ -50,7 +50,8 @@ def test_demo_takes_what_was_planned(words: int) -> None:
     done = glm4run(
         "generate", prompt, "-m", "demo", "--ctx", "2k", "--max-tokens", "4", "--temperature", "0", "--check-plan"
     )
-    assert -10 < error_of(done.stderr) < 4
+    # 250 MB of these 300 are the interpreter and its libraries, whose share another machine sees differently.
+    assert -10 < error_of(done.stderr) < 8
 
 
 @linux
