@@ -344,6 +344,20 @@ def test_half_precision_activations_are_rounded_once_at_the_end(
                 assert same_bits(got, product(x[:M].float(), weight, bias.float()).to(dtype))
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=["bf16", "fp16"])
+@each_isa
+def test_results_half_way_between_two_numbers_round_to_even(isa: str, dtype: torch.dtype, bits: int) -> None:
+    """1 + n * 2^-bits, where the numbers from 1 to 2 are 2^(1-bits) apart."""
+    case = case_of(torch.ones(3, 32, dtype=torch.int8), torch.ones(3, 1), None, QuantScheme(8, 32))
+    x = torch.zeros(4, 32, dtype=dtype)
+    x[:, 0] = 1.0
+    x[:, 1] = torch.tensor([1.0, 3.0, 5.0, -3.0]) * 2.0**-bits
+    expected = 1 + torch.tensor([0.0, 4.0, 4.0, -3.0]) * 2.0**-bits  # below 1 they lie twice as close
+    with running(isa):
+        got = product(x, prepacked(case, "bf16"))
+    assert torch.equal(got.float(), expected[:, None].expand(4, 3))
+
+
 @each_isa
 def test_results_beyond_fp16_are_infinite(isa: str) -> None:
     case = case_of(torch.full((3, 32), 7, dtype=torch.int8), torch.ones(3, 1), None, QuantScheme(4, 32))
