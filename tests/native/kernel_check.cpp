@@ -25,6 +25,8 @@ extern "C" {
 const char* g4_isa_name(int32_t i, int32_t* runs);
 int32_t g4_set_isa(const char* name);
 void g4_set_threads(int32_t threads);
+void* g4_allocate(int64_t bytes);
+void g4_free(void* memory, int64_t bytes);
 int64_t g4_prepacked_bytes(const G4Weight* weight);
 int32_t g4_prepack(const G4Weight* weight, const G4Stored* stored, uint8_t* out);
 }
@@ -393,7 +395,15 @@ std::atomic<int> sleeping{0}, released{0}, late_writes{0}, done[64];
             for (int again = 1; again <= 3; again++) pool_run({add_piece, PIECES, true}, &caller, sizeof caller);
             for (const auto& count : done) errors.add(count.load(), 4, 1e-9);
             errors.add(released.load(), 0, 1e-9); // it still sleeps
+            std::atomic<int> freed{0};
+            std::thread freeing([&] { // waits for the sleeper, who might still read what is freed
+                g4_free(g4_allocate(4096), 4096);
+                freed = 1;
+            });
+            std::this_thread::sleep_for(std::chrono::milliseconds(2));
+            errors.add(freed.load(), 0, 1e-9);
             released = 1;
+            freeing.join();
             pool_quiesce();
             errors.add(late_writes.load(), 0, 1e-9);
         }
