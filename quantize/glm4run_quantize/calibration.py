@@ -46,12 +46,15 @@ class Calibration:
         }
 
 
-def read_calibration(tokenizer: Tokenizer, path: Path | None, tokens: int, window: int = WINDOW) -> Calibration:
+def read_calibration(
+    tokenizer: Tokenizer, path: str | Path | None, tokens: int, window: int = WINDOW
+) -> Calibration:
     """`tokens` tokens of a UTF-8 text file, spread evenly over it; of the built-in text where `path` is None.
 
     Each window begins with the model's own prefix, as every prompt does. A text that is shorter gives what it has.
     Raises UsageError where it is no text, or gives fewer than two windows.
     """
+    path = None if path is None else Path(path)
     raw = (files("glm4run_quantize") / BUILT_IN).read_bytes() if path is None else _read(path)
     name = f"built-in {BUILT_IN}" if path is None else path.name
     try:

@@ -58,7 +58,7 @@ class Options:
     recipe: str | None = None
     target_bpw: float | None = None
     target_gib: float | None = None
-    calibration: Path | None = None
+    calibration: str | Path | None = None
     calibration_tokens: int = DEFAULT_TOKENS
     device: str = "cpu"
 

@@ -188,7 +188,7 @@ class Job:
         if module is None:
             log.writer.add(name, block.data)
             if whole:
-                log.note(1, block.data.numel() * block.data.element_size())
+                log.note(1, self.reader.sources[name].nbytes)
         else:
             log.writer.add(f"{module}.{PACKED}", block.data)
             before.append(replace(block, data=torch.empty(0)))
