@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
 from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.config import ModelConfig
 from glm4run.errors import CheckpointError
+from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
 from glm4run.machine import default_threads
 from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
@@ -73,6 +74,7 @@ class Job:
         self.total_bytes = sum(spec.nbytes for spec in self.specs)
         self.source_bytes = sum(s.nbytes for s in reader.sources.values())
         self.done_bytes = 0
+        self._scales, self._sums = torch.empty(0), list[tuple[float, float]]()  # of the tensor that is being written
 
     @property
     def model_dtype(self) -> str:
@@ -136,7 +138,6 @@ class Job:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             blocks = self._blocks(names)
             ahead: deque[tuple[str, int, int, Future[_Block]]] = deque()
-            current: list[_Block] = []
             try:
                 while True:
                     while len(ahead) < 2 * cores and (piece := next(blocks, None)) is not None:
@@ -144,10 +145,7 @@ class Job:
                     if not ahead:
                         break
                     name, first, last, future = ahead.popleft()
-                    if first == 0:
-                        current = []
-                    block = future.result()
-                    self._write_block(name, first, last, block, current, log, reports)
+                    self._write_block(name, first, last, future.result(), log, reports)
             finally:
                 for *_, future in ahead:
                     future.cancel()
@@ -161,9 +159,16 @@ class Job:
                 yield name, first, min(first + rows, shape[0])
 
     def _work(self, name: str, first: int, last: int) -> _Block:
-        stored = self.read(name, first, last)
+        stored = self.reader.read_rows(name, first, last)
         nbytes = stored.numel() * stored.element_size()
         module = self._packed_module(name)
+        if module is not None and self.rounding is quantize_rtn and takes_rounding(stored, self.schemes[module]):
+            done = round_and_pack(stored, self.schemes[module])
+            if done is None:
+                raise self._damaged(name)
+            return _Block(*done, nbytes)
+        if not bool(torch.isfinite(stored).all()):
+            raise self._damaged(name)
         if module is None:
             return _Block(stored, None, 0.0, 0.0, nbytes)
         scheme = self.schemes[module]
@@ -174,14 +179,7 @@ class Job:
         return _Block(pack(q, scheme.bits), scale, signal, noise, nbytes)
 
     def _write_block(
-        self,
-        name: str,
-        first: int,
-        last: int,
-        block: _Block,
-        before: list[_Block],
-        log: _Log,
-        reports: list[TensorReport],
+        self, name: str, first: int, last: int, block: _Block, log: _Log, reports: list[TensorReport]
     ) -> None:
         module = self._packed_module(name)
         whole = last == self.reader.sources[name].shape[0]
@@ -191,12 +189,17 @@ class Job:
                 log.note(1, self.reader.sources[name].nbytes)
         else:
             log.writer.add(f"{module}.{PACKED}", block.data)
-            before.append(replace(block, data=torch.empty(0)))
+            assert block.scale is not None
+            if first == 0:
+                # Allocated once: small results kept between large temporaries would scatter the heap.
+                self._scales = torch.empty(self.shapes[module][0], block.scale.shape[1], dtype=block.scale.dtype)
+                self._sums = []
+            self._scales[first:last] = block.scale
+            self._sums.append((block.signal, block.noise))
             if whole:
-                scales = torch.cat([part.scale for part in before if part.scale is not None])
-                signal, noise = (math.fsum(getattr(b, key) for b in before) for key in ("signal", "noise"))
+                signal, noise = (math.fsum(values) for values in zip(*self._sums, strict=True))
                 report = TensorReport(module, self.schemes[module], *self.shapes[module], signal, noise)
-                self._write_rest(log.writer, module, scales)
+                self._write_rest(log.writer, module, self._scales)
                 reports.append(report)
                 log.note(3, sum(spec.nbytes for spec in self._specs_of(name)), report)
         self._count(block.source_bytes)
@@ -258,9 +261,12 @@ class Job:
         """Rows of a source tensor. Raises CheckpointError where they hold NaN or infinity."""
         tensor = self.reader.read_rows(name, first, last)
         if not bool(torch.isfinite(tensor).all()):
-            file = self.reader.sources[name].entry.file.name
-            raise CheckpointError(f"{file}: {name} holds NaN or infinity", hint="the file is damaged: get it again")
+            raise self._damaged(name)
         return tensor
+
+    def _damaged(self, name: str) -> CheckpointError:
+        file = self.reader.sources[name].entry.file.name
+        return CheckpointError(f"{file}: {name} holds NaN or infinity", hint="the file is damaged: get it again")
 
     def _count(self, nbytes: int) -> None:
         self.done_bytes += nbytes

@@ -16,8 +16,8 @@ from glm4run_quantize.methods.grid import bounds, in_groups, round_to, stored
 from glm4run_quantize.methods.mse import search_scales
 
 NORM = 0.7
-PENALTY, PENALTY_GROWTH = 10.0, 1.1
-ROUNDS = 10
+PENALTY, PENALTY_GROWTH = 200.0, 1.15
+ROUNDS = 8
 
 
 def quantize_hqq(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
