@@ -7,6 +7,7 @@ ones work layer by layer. Either way the journal says what is on disk.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
 from glm4run.machine import default_threads
 from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
+from glm4run_quantize.importance import input_importance
 from glm4run_quantize.journal import Journal
 from glm4run_quantize.layerwise import LayerResult, Layerwise
 from glm4run_quantize.methods.hqq import quantize_hqq
@@ -74,6 +76,8 @@ class Job:
         self.total_bytes = sum(spec.nbytes for spec in self.specs)
         self.source_bytes = sum(s.nbytes for s in reader.sources.values())
         self.done_bytes = 0
+        self._lock = threading.Lock()
+        self._weighed: dict[str, Tensor] = {}
         self._scales, self._sums = torch.empty(0), list[tuple[float, float]]()  # of the tensor that is being written
 
     @property
@@ -173,7 +177,10 @@ class Job:
             return _Block(stored, None, 0.0, 0.0, nbytes)
         scheme = self.schemes[module]
         weight = stored.float()
-        q, scale = self.rounding(weight, scheme, stored.dtype)
+        if self.rounding is quantize_mse:
+            q, scale = quantize_mse(weight, scheme, stored.dtype, self._importance(module))
+        else:
+            q, scale = self.rounding(weight, scheme, stored.dtype)
         signal = float(weight.square().sum(dtype=torch.float64))
         noise = float((weight.sub_(scale_groups(q, scale))).square_().sum(dtype=torch.float64))
         return _Block(pack(q, scheme.bits), scale, signal, noise, nbytes)
@@ -263,6 +270,15 @@ class Job:
         if not bool(torch.isfinite(tensor).all()):
             raise self._damaged(name)
         return tensor
+
+    def _importance(self, module: str) -> Tensor:
+        """Of the inputs of the linear at hand; computed once, by the first of its blocks."""
+        with self._lock:
+            if module not in self._weighed:
+                for older in list(self._weighed)[:-1]:  # cores may still be at the module before
+                    del self._weighed[older]
+                self._weighed[module] = input_importance(self.reader, self.config, module)
+            return self._weighed[module]
 
     def _damaged(self, name: str) -> CheckpointError:
         file = self.reader.sources[name].entry.file.name
