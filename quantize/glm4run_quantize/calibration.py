@@ -46,9 +46,7 @@ class Calibration:
         }
 
 
-def read_calibration(
-    tokenizer: Tokenizer, path: str | Path | None, tokens: int, window: int = WINDOW
-) -> Calibration:
+def read_calibration(tokenizer: Tokenizer, path: str | Path | None, tokens: int, window: int = WINDOW) -> Calibration:
     """`tokens` tokens of a UTF-8 text file, spread evenly over it; of the built-in text where `path` is None.
 
     Each window begins with the model's own prefix, as every prompt does. A text that is shorter gives what it has.

@@ -41,8 +41,8 @@ Rounding = Callable[[Tensor, QuantScheme, torch.dtype], tuple[Tensor, Tensor]]
 
 UNCALIBRATED: dict[str, Rounding] = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}
 BLOCK_BYTES = 1 << 20  # of source weights at once on a core; temporaries take some fifteen times as much
-COMMIT_BYTES = 512 << 20  # written bytes, or seconds, after which the journal is brought up to date
-COMMIT_SECONDS = 20.0
+COMMIT_BYTES = 64 << 20  # written bytes, or seconds, after which the journal is brought up to date
+COMMIT_SECONDS = 10.0
 EMBEDDING = "model.embed_tokens.weight"
 
 

@@ -267,7 +267,7 @@ class Layerwise:
             return quantize_mse(weight, scheme, self.scale_dtype, hessian.diagonal()), plain
         assert cross is not None
         damped = gptq.prepare(hessian.clone())
-        target = gptq.moved_target(weight, damped, cross)
+        target = gptq.moved_target(weight, hessian, cross, damped)
         return gptq.quantize_gptq(target, damped, scheme, self.scale_dtype), plain
 
     def _held_out_errors(

@@ -23,7 +23,7 @@ from glm4run_quantize.layerwise import Layerwise
 from glm4run_quantize.methods import gptq
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.recipes import choose_recipe
-from tests.builders import PREFIX, Layout, raw_config, write_checkpoint
+from tests.builders import PREFIX, Layout, write_checkpoint
 
 TOKENS = 2048
 

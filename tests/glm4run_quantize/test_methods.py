@@ -162,8 +162,9 @@ def test_moved_target_is_the_least_squares_solution() -> None:
     weight = torch.randn(5, 32, generator=generator)
     theirs = torch.randn(500, 32, generator=generator)
     mine = theirs + 0.3 * torch.randn(500, 32, generator=generator)
-    hessian = gptq.prepare(mine.t() @ mine / 500, damping=1e-6)
-    moved = gptq.moved_target(weight, hessian, theirs.t() @ mine / 500)
+    moments = mine.t() @ mine / 500
+    damped = gptq.prepare(moments.clone(), damping=1e-6)
+    moved = gptq.moved_target(weight, moments, theirs.t() @ mine / 500, damped)
     solved = torch.linalg.lstsq(mine, theirs @ weight.t()).solution.t()
     assert torch.allclose(moved, solved, atol=1e-3)
     assert float((mine @ moved.t() - theirs @ weight.t()).norm()) < float(
@@ -175,9 +176,15 @@ def test_inputs_never_seen_leave_the_weights_alone() -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(7))
     x = torch.randn(100, 32, generator=torch.Generator().manual_seed(8))
     x[:, 3] = 0.0
-    moments = x.t() @ x / 100
+    x[:, 4] *= 1e-3  # hardly ever
+    mine = x + 0.2 * torch.randn(100, 32, generator=torch.Generator().manual_seed(9)) * x.std(0)
+    moments, cross = mine.t() @ mine / 100, x.t() @ mine / 100
     hessian = gptq.prepare(moments.clone())
-    assert torch.isfinite(gptq.moved_target(weight, hessian, moments)).all()
+    assert torch.allclose(gptq.moved_target(weight, moments, moments, hessian), weight, atol=1e-5)
+    moved = gptq.moved_target(weight, moments, cross, hessian)
+    assert torch.equal(moved[:, 3], weight[:, 3])
+    assert torch.allclose(moved[:, 4], weight[:, 4], atol=0.05)
+    assert float((moved - weight).abs().max()) > 0.05
     q, scale = gptq.quantize_gptq(weight, hessian, QuantScheme(4, 32), torch.float32)
     assert torch.isfinite(scale_groups(q, scale)).all()
 

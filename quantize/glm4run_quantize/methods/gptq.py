@@ -10,7 +10,7 @@ The error of a linear's output over the calibration tokens is tr(E H E^T) with E
    same error), then all scales of a row are solved for together by least squares.
 
 Where the input that the packed model sees differs from the source's, `cross` (the sum of x_source x^T) moves the target
-to W cross H^-1, the weight that comes closest to the source's output from the input at hand.
+to the weight that comes closest to the source's output from the input at hand: W cross H^-1, damped.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def prepare(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     return hessian
 
 
-def moved_target(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-    """W cross H^-1 [N, K] for a prepared H; the damping pulls it towards W itself."""
-    # W + W (cross - H) H^-1: with the damped H in both places, inputs that were never seen leave W as it is.
-    factor = torch.linalg.cholesky(hessian)
-    difference = cross - hessian
-    correction = torch.cholesky_solve(difference.t(), factor).t()  # (cross - H) H^-1
+def moved_target(weight: Tensor, hessian: Tensor, cross: Tensor, damped: Tensor) -> Tensor:
+    """W + W (cross - H) D^-1 [N, K], with H as measured and D the prepared one.
+
+    Without damping this is W cross H^-1. The damping pulls it towards W, and inputs that were hardly ever seen leave W
+    as it is: only the difference of the two moments moves it.
+    """
+    factor = torch.linalg.cholesky(damped)
+    correction = torch.cholesky_solve((cross - hessian).t().contiguous(), factor).t()
     return weight + weight @ correction
 
 
