@@ -237,8 +237,6 @@ class Layerwise:
         count = 0
         for part in self._parts(self.fitted):
             theirs, mine = self._inputs(stage, source, ours, part)
-            root = self._token_weights(stage, part).sqrt()
-            theirs, mine = theirs * root, mine * root
             if hessian is None:
                 hessian = mine.new_zeros(mine.shape[1], mine.shape[1])
                 cross = torch.zeros_like(hessian) if with_cross else None
@@ -248,15 +246,6 @@ class Layerwise:
             count += mine.shape[0]
         assert hessian is not None
         return hessian.div_(count), None if cross is None else cross.div_(count)
-
-    def _token_weights(self, stage: str, part: slice) -> Tensor:
-        """How much the tokens of the windows `part` count: [T, 1].
-
-        What joins the residual is divided by the residual's size in the norms that follow, so that an error counts
-        relative to it. The few tokens with a giant residual, such as a window's first, would outvote all others.
-        """
-        size = self.source[part].flatten(0, 1).square().mean(-1, keepdim=True)
-        return torch.ones_like(size) if stage == "qkv" else 1 / size.clamp(min=1e-12)
 
     def _candidates(
         self, weight: Tensor, scheme: QuantScheme, hessian: Tensor, cross: Tensor | None
@@ -283,8 +272,6 @@ class Layerwise:
         restored = {m: [scale_groups(q, scale) for q, scale in candidates[m]] for m in pairs}
         for part in self._parts(self.windows, self.fitted):
             theirs, mine = self._inputs(stage, source, ours, part)
-            root = self._token_weights(stage, part).sqrt()
-            theirs, mine = theirs * root, mine * root
             for module, (linear, mine_linear) in pairs.items():
                 # A folded linear gives other numbers than the source's: it is measured against itself, unrounded.
                 folded = self.method == "awq"

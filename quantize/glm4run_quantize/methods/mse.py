@@ -40,7 +40,7 @@ def error_weights(weight: Tensor, importance: Tensor | None) -> Tensor:
 def search_scales(
     weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importance: Tensor | None = None
 ) -> Tensor:
-    """The scales alone, [N, G] in `scale_dtype`; `importance` [K] or [N, K] is what squared errors are multiplied by."""
+    """The scales alone, [N, G] in `scale_dtype`; `importance` [K] or [N, K] weights the squared errors."""
     low, high = bounds(scheme.bits)
     grouped = in_groups(weight.float(), scheme)  # [N, G, g]
     h = torch.ones((), device=weight.device) if importance is None else in_groups(importance.float(), scheme)
