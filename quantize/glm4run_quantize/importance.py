@@ -30,7 +30,8 @@ def input_importance(reader: CheckpointReader, config: ModelConfig, module: str)
         rows = _row_sizes(reader, f"{layer}.v_proj.weight", _norm(reader, f"{block}.input_layernorm"))
         heads = rows.unflatten(0, (config.num_key_value_heads, 1, config.head_dim))
         shared = config.num_attention_heads // config.num_key_value_heads
-        return heads.expand(-1, shared, -1).flatten()
+        spread: Tensor = heads.expand(-1, shared, -1).flatten()
+        return spread
     assert name == "down_proj", module
     rows = _row_sizes(reader, f"{layer}.gate_up_proj.weight", _norm(reader, f"{block}.post_attention_layernorm"))
     gate, up = rows.chunk(2)
