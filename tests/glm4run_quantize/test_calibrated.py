@@ -15,7 +15,7 @@ from torch import Tensor
 from glm4run import load_model
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import parse_config
-from glm4run.errors import UsageError
+from glm4run.errors import BackendError, UsageError
 from glm4run.tokenizer import load_tokenizer
 from glm4run_quantize import quantize_checkpoint
 from glm4run_quantize.calibration import read_calibration
@@ -185,6 +185,23 @@ def test_target_in_gib_is_the_size_of_the_file(tmp_path: Path, text: Path) -> No
     assert size * 0.85 < written < size + 10_000  # the header
     with pytest.raises(UsageError, match="the target is below"):
         quantize_checkpoint(source, tmp_path / "small", target_gib=size / 2**31, **options)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_backends_take_scales_of_either_sign(tmp_path: Path, bits: int, backend: str) -> None:
+    source = write_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
+    quantize_checkpoint(source, tmp_path / "packed", method="mse", bits=bits, group_size=32)
+    scales = [t for n, t in load_file(tmp_path / "packed" / "model.safetensors").items() if n.endswith("_scale")]
+    assert any(bool((scale < 0).any()) for scale in scales)
+    activations: Any = "bf16" if backend == "native" else "auto"
+    ids = list(range(30))
+    expected = load_model(tmp_path / "packed", dtype="fp32", backend="reference").logits(ids)
+    try:
+        model = load_model(tmp_path / "packed", dtype="fp32", backend=backend, activations=activations)
+    except BackendError as error:
+        pytest.skip(str(error))
+    assert float((model.logits(ids) - expected).norm() / expected.norm()) < 2e-2
 
 
 def test_options_that_exclude_each_other(tmp_path: Path) -> None:
