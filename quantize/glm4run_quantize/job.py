@@ -37,7 +37,8 @@ from glm4run_quantize.report import LayerReport, TensorReport
 from glm4run_quantize.writer import FolderWriter, TensorSpec
 
 Progress = Callable[[int, int], None]  # source bytes done, source bytes in all
-Rounding = Callable[[Tensor, QuantScheme, torch.dtype], tuple[Tensor, Tensor]]
+# weight, scheme, dtype of scales, second moments of the inputs
+Rounding = Callable[[Tensor, QuantScheme, torch.dtype, Tensor | None], tuple[Tensor, Tensor]]
 
 UNCALIBRATED: dict[str, Rounding] = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}
 BLOCK_BYTES = 1 << 20  # of source weights at once on a core; temporaries take some fifteen times as much
@@ -177,10 +178,8 @@ class Job:
             return _Block(stored, None, 0.0, 0.0, nbytes)
         scheme = self.schemes[module]
         weight = stored.float()
-        if self.rounding is quantize_mse:
-            q, scale = quantize_mse(weight, scheme, stored.dtype, self._importance(module))
-        else:
-            q, scale = self.rounding(weight, scheme, stored.dtype)
+        importance = None if self.rounding is quantize_rtn else self._importance(module)
+        q, scale = self.rounding(weight, scheme, stored.dtype, importance)
         signal = float(weight.square().sum(dtype=torch.float64))
         noise = float((weight.sub_(scale_groups(q, scale))).square_().sum(dtype=torch.float64))
         return _Block(pack(q, scheme.bits), scale, signal, noise, nbytes)

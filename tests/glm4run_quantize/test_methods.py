@@ -17,7 +17,7 @@ from glm4run_quantize.importance import input_importance
 from glm4run_quantize.methods import gptq
 from glm4run_quantize.methods.awq import choose_scale, fold_into_norm
 from glm4run_quantize.methods.hqq import NORM, quantize_hqq
-from glm4run_quantize.methods.mse import quantize_mse
+from glm4run_quantize.methods.mse import error_weights, quantize_mse
 from glm4run_quantize.methods.rtn import quantize_rtn
 from tests.builders import Layout, hf_weights, raw_config, write_checkpoint
 
@@ -98,7 +98,8 @@ def test_hqq_lowers_its_own_norm(weights: dict[str, Tensor]) -> None:
     scheme = QuantScheme(4, 64)
 
     def cost(weight: Tensor, result: tuple[Tensor, Tensor]) -> float:
-        return float((weight - scale_groups(*result)).abs().pow(NORM).sum())
+        errors = (weight - scale_groups(*result)).abs().pow(NORM)
+        return float((errors * error_weights(weight, None)).sum())
 
     for weight in weights.values():
         ours, searched = (cost(weight, f(weight, scheme, BF16)) for f in (quantize_hqq, quantize_mse))

@@ -12,8 +12,10 @@ from torch import Tensor
 from glm4run.quant_config import QuantScheme
 
 
-def quantize_rtn(weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight [N, K] to (q int8 [N, K], scale [N, G] in `scale_dtype`), symmetric.
+def quantize_rtn(
+    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight [N, K] to (q int8 [N, K], scale [N, G] in `scale_dtype`), symmetric; every input counts alike.
 
     The scale is rounded to its stored dtype before the weights are divided by it, so that what is written is what
     was optimized. An all-zero group gets scale 1.
