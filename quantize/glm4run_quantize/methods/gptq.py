@@ -25,6 +25,8 @@ from glm4run_quantize.methods.mse import search_scales
 DAMPING = 0.05  # of the mean diagonal of H, added to it; 0.01 fits the calibration text too closely
 BLOCK = 128  # columns whose mutual updates are applied at once
 ROUNDS = 3
+ROWS_AT_ONCE = 1024  # so that a block of columns stays in the cache
+REFIT_BYTES = 128 << 20
 SCALE_RIDGE = 1e-6
 
 
@@ -58,12 +60,37 @@ def quantize_gptq(
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
     """weight [N, K] float32 to (q int8 [N, K], scale [N, G] in `scale_dtype`); `hessian` [K, K] is a prepared H."""
-    scale = search_scales(weight, scheme, scale_dtype, hessian.diagonal())
-    q = _sweep(weight, hessian, scale, scheme, act_order)
-    for _ in range(rounds):
-        scale = _refit_scales(weight, hessian, q, scale, scheme)
-        q = _descend(weight, hessian, q, scale, scheme)
-    return q, scale
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
+    factor = _inverse_factor(hessian, order)
+    steps, scales = [], []
+    for rows in weight.split(ROWS_AT_ONCE):  # rows have nothing to do with each other
+        scale = search_scales(rows, scheme, scale_dtype, diagonal)
+        q = _sweep(rows, factor, order, scale, scheme)
+        for _ in range(rounds):
+            fitted = [
+                _refit_scales(part, hessian, q_part, old, scheme)
+                for part, q_part, old in zip(*(t.split(_rows_to_refit(scale)) for t in (rows, q, scale)), strict=True)
+            ]
+            scale = torch.cat(fitted)
+            q = _descend(rows, hessian, q, scale, scheme)
+        steps.append(q)
+        scales.append(scale)
+    return torch.cat(steps), torch.cat(scales)
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of H with rows and columns in `order`."""
+    factor = torch.linalg.cholesky(hessian[order][:, order])
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
+
+
+def _rows_to_refit(scale: Tensor) -> int:
+    """Rows whose systems of equations fit REFIT_BYTES."""
+    return max(1, REFIT_BYTES // (4 * scale.shape[1] ** 2))
 
 
 def output_error(weight: Tensor, restored: Tensor, hessian: Tensor) -> float:
@@ -77,18 +104,12 @@ def _columns(scale: Tensor, width: int) -> Tensor:
     return scale.float().repeat_interleave(width // scale.shape[1], dim=1).t().contiguous()
 
 
-def _sweep(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: QuantScheme, act_order: bool) -> Tensor:
+def _sweep(weight: Tensor, factor: Tensor, order: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
     """Step 2. Columns lie in rows here, where one is contiguous."""
     low, high = bounds(scheme.bits)
     width = weight.shape[1]
-    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(width)
     left = weight.t()[order].contiguous()  # [K, N], what is still to be rounded
     steps = _columns(scale, width)[order]
-    permuted = hessian[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-    del permuted
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    del inverse
     q = torch.empty_like(left, dtype=torch.int8)
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)
