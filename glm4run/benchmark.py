@@ -209,10 +209,10 @@ def _reading(probe: ReadProbe | None, bandwidth: Bandwidth | None) -> float | No
 def slower_than_bf16(model: LoadedModel, tokens: int) -> float | None:
     """How many times longer the layers' largest packed linear takes than the same one in bf16, over `tokens` tokens.
 
-    None where nothing in the layers is packed (the head meets one token of a prefill only). Above 1 the packed format is
-    slower here. Both are timed on up to 8192 rows' worth.
+    None where nothing in the layers is packed (the head meets one token of a prefill only). Above 1 the packed format
+    is slower here. Both are timed on up to 8192 rows' worth.
     """
-    packed = [m for layer in model.model.layers for m in layer.modules() if isinstance(m, QuantizedLinear)]
+    packed = [m for m in model.model.model.layers.modules() if isinstance(m, QuantizedLinear)]
     if not packed:
         return None
     largest = max(packed, key=lambda linear: linear.nbytes)
