@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.filesize import decimal
 
 from glm4run.cards import load_cards
 from glm4run.cli.console import byte_progress, note, talk
@@ -108,6 +107,8 @@ def require_chat(found: FoundModel) -> Dialect:
 
 
 def _announce(found: FoundModel, loaded: LoadedModel) -> None:
+    from rich.filesize import decimal
+
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     note(
         f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "

@@ -29,6 +29,7 @@ class Question:
     context_bytes: int | None = None
     draft: Subject | None = None
     _runs: dict[object, Run] = field(default_factory=dict, compare=False, repr=False)
+    _plans: dict[tuple[Choice, int], MemoryPlan] = field(default_factory=dict, compare=False, repr=False)
 
     def run(self, choice: Choice, target: Target | None = None) -> Run:
         """What a choice means on the device, or on another one."""
@@ -53,7 +54,10 @@ class Question:
 
     def plan(self, choice: Choice, context_len: int) -> MemoryPlan:
         """The plan of a choice at a context."""
-        return plan_run(self.run(choice), context_len)
+        key = (choice, context_len)
+        if key not in self._plans:
+            self._plans[key] = plan_run(self.run(choice), context_len)
+        return self._plans[key]
 
 
 @dataclass(frozen=True)
