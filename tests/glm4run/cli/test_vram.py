@@ -8,12 +8,16 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from glm4run.cli import main
+from glm4run.cli import main, vram_plot
 from glm4run.memory import GIB
 from glm4run.vram import detect
 from tests.builders import write_packed
@@ -201,12 +205,41 @@ def test_chart_has_a_line_for_each_choice(run: Run) -> None:
     assert "=" in body and "-" in body
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the extra `plot` is not installed")
-def test_images(run: Run, tmp_path: Path) -> None:
-    got = run("--gpu", "12GB", "--svg", tmp_path / "a.svg", "--png", tmp_path / "a.png")
-    assert got.code == 0
-    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="the extra `plot` is not installed"
+)
+
+
+@needs_matplotlib
+def test_images_name_curves_device_and_card_sizes(run: Run, tmp_path: Path) -> None:
+    words = ("--gpu", "12GB", "--bits", "8,4", "--kv-bits", "16,8")
+    assert run(*words, "--svg", tmp_path / "a.svg", "--png", tmp_path / "a.png").code == 0
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    assert {"int8 KV 16", "int8 KV 8*", "int4 KV 16", "int4 KV 8*", "11.64 GiB to take"} <= set(texts)
+    assert {"8", "12", "16k", "128k", "context in tokens"} <= set(texts)
+    image = (tmp_path / "a.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert int.from_bytes(image[16:20], "big") >= 1000  # pixels
+    run(*words, "--svg", tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_text(encoding="utf-8") == svg
+
+
+@needs_matplotlib
+def test_an_image_that_cannot_be_written_leaves_what_was_there(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    got = run("--gpu", "12GB", "--png", tmp_path / "folder.png")
+    assert got.code == 1
+    assert "cannot write" in got.err
+    assert run("--gpu", "12GB", "--png", tmp_path / "nowhere" / "a.png").code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=10))
+def test_labels_of_curves_stay_apart_and_in_order(values: list[float]) -> None:
+    placed = vram_plot._apart(values, 100.0)
+    in_order = [placed[index] for index in sorted(range(len(values)), key=lambda index: values[index])]
+    assert all(upper - lower > 0.8 * vram_plot.LABEL_GAP * 100 for lower, upper in pairwise(in_order))
 
 
 def test_images_without_matplotlib_say_what_to_install(
