@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,8 @@ from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
-from glm4run.loading import LoadedWeights, load_weights
-from glm4run.memory import MemoryPlan, Run, resident_bytes
+from glm4run.loading import LoadedWeights, available_bytes, load_weights
+from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
@@ -70,16 +71,34 @@ class LoadedModel:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits float32 [T, V] of every position of `ids`, taken as they are (no prefix is added).
 
+        Computed a chunk after the other into the result, which is four bytes for each position and token of the
+        vocabulary: `memory.Run.every_logits` plans it. The run's own plan has room for one position's logits only.
+
         Raises:
-            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds.
+            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds, or no
+                memory for the result. Before any computation.
         """
         self._check_prompt(ids)
+        self._require_room_for_logits(len(ids))
         context = self.new_context()
-        parts = [
-            self.model(self._tensor(ids[i : i + self.plan.chunk]), context.cache, logits="all")
-            for i in range(0, len(ids), self.plan.chunk)
-        ]
-        return torch.cat(parts)
+        result = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        for first in range(0, len(ids), self.plan.chunk):
+            chunk = self._tensor(ids[first : first + self.plan.chunk])
+            self.model.write_logits(chunk, context.cache, result[first : first + len(chunk)])
+        return result
+
+    def _require_room_for_logits(self, tokens: int) -> None:
+        """What the plan of every position's logits needs beyond weights, which are there already."""
+        run = dataclasses.replace(self.memory_run, chunk=self.plan.chunk, every_logits=True)
+        plan = plan_run(run, tokens)
+        needed = plan.bytes_of("kv_cache", "prefill_activations", "attention", "logits", "every_logits")
+        free = available_bytes(self.device)
+        if free is not None and needed > free:
+            raise DoesNotFitError(
+                f"the logits of {tokens} positions need {needed / GIB:.2f} GiB beside the model, "
+                f"{free / GIB:.2f} GiB are free on {self.device}",
+                hint="ask for fewer tokens at once",
+            )
 
     def default_params(self) -> SamplingParams:
         """The sampling that the model's own files ask for, else its card's, else greedy."""

@@ -179,7 +179,7 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
         raise DoesNotFitError(
             f"a context of {context_len} tokens was asked for, this model has {limit}", hint=f"use --ctx {limit}"
         )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
+    free = available_bytes(device)
     if free is None:
         return memory.plan_run(run, context_len or min(limit, DEFAULT_CONTEXT_WITHOUT_MEMORY))
     plan = memory.choose_plan(run, free + run.overhead.held_bytes, context_len, limit)
@@ -192,6 +192,11 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
         f"needs {needed / memory.GIB:.2f} GiB, {free / memory.GIB:.2f} GiB are free on {device}",
         hint=f"{remedy}; `glm4run vram` shows what fits",
     )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of a device that may still be taken; None where the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
 
 
 def planned_run(

@@ -41,6 +41,9 @@ def vram(
     chunk: Annotated[str, typer.Option(help="Tokens of a prompt fed at once")] = str(PREFILL_CHUNK),
     draft: Annotated[str | None, typer.Option(help="Speculation (an estimate): ngram, or a draft model")] = None,
     draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens drafted at once, with --draft")] = 4,
+    every_logits: Annotated[
+        bool, typer.Option("--every-logits", help="Keep the logits of all positions, as LoadedModel.logits does")
+    ] = False,
     gpu: Annotated[str, typer.Option(help="auto, cpu, all, a GPU's name, or a size such as 12GB")] = "auto",
     gpus: Annotated[int, typer.Option(min=1, help="Split over this many such GPUs (an estimate)")] = 1,
     split: Annotated[str, typer.Option(help="pp: whole layers to each GPU; tp: every layer cut")] = "pp",
@@ -70,6 +73,7 @@ def vram(
         batch=batch,
         chunk=_tokens("--chunk", chunk),
         drafted_tokens=0 if draft is None else draft_tokens,
+        every_logits=every_logits,
         gpus=gpus,
         split=_one_of("--split", split, ("pp", "tp")),
         offloaded_layers=offload,

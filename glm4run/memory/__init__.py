@@ -11,6 +11,7 @@ from glm4run.memory.plan import (
     SMALLER_CHUNKS,
     Run,
     choose_plan,
+    every_logits_bytes,
     kv_bytes_per_token,
     largest_context,
     plan_run,
@@ -18,6 +19,7 @@ from glm4run.memory.plan import (
 from glm4run.memory.sizes import GIB, MIB, gib_text, parse_bytes, parse_size, tokens_text
 from glm4run.memory.terms import PREFILL_CHUNK, WEIGHT_TERMS, MemoryPlan, Term
 from glm4run.memory.weights import Stored, Weights, plan_weights, stored_tensors
+from glm4run.memory.workspace import logits_block_rows
 
 __all__ = [
     "GIB",
@@ -36,9 +38,11 @@ __all__ = [
     "available_ram_bytes",
     "choose_plan",
     "device_overhead",
+    "every_logits_bytes",
     "gib_text",
     "kv_bytes_per_token",
     "largest_context",
+    "logits_block_rows",
     "parse_bytes",
     "parse_size",
     "peak_resident_bytes",

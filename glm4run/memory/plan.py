@@ -16,7 +16,7 @@ from glm4run.memory.overhead import Overhead
 from glm4run.memory.sizes import MIB, tokens_text
 from glm4run.memory.terms import PREFILL_CHUNK, Kind, MemoryPlan, Term
 from glm4run.memory.weights import Weights
-from glm4run.memory.workspace import Compute, forward_peak
+from glm4run.memory.workspace import MAX_LOGITS_BYTES, Compute, forward_peak
 
 SMALLER_CHUNKS = (256, 128, 64)  # what a context that would not fit otherwise is tried with
 RUNTIME_KV_BITS = (16,)  # what this version's cache can hold; vram also estimates 8 and 4
@@ -44,6 +44,7 @@ class Run:
     chunk: int = PREFILL_CHUNK
     kv_bits: int = 16
     logits_rows: int = 1  # k + 1 where k drafted tokens are verified at once
+    every_logits: bool = False  # the logits of every position are kept, as `LoadedModel.logits` returns them
     extra_terms: Callable[[int], tuple[Term, ...]] = _nothing_more  # at a context: a draft model, other buffers
     not_here: Mapping[str, int] = dataclasses.field(default_factory=dict)  # weight classes kept elsewhere, in bytes
 
@@ -62,6 +63,11 @@ def kv_row_bytes(head_dim: int, kv_bits: int, dtype_bytes: int) -> int:
     return {16: head_dim * dtype_bytes, 8: head_dim + 2, 4: head_dim // 2 + 4}[kv_bits]
 
 
+def every_logits_bytes(config: ModelConfig, tokens: int) -> int:
+    """Float32 logits of every position, as `LoadedModel.logits` returns them."""
+    return 4 * config.vocab_size * tokens
+
+
 def plan_run(run: Run, context_len: int) -> MemoryPlan:
     """The plan of sequences of up to `context_len` tokens. No term shrinks as the context, batch or chunk grows."""
     compute, config = run.compute, run.config
@@ -69,11 +75,12 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     rows = 2 * config.num_hidden_layers * config.num_key_value_heads
     row_bytes = kv_row_bytes(config.head_dim, run.kv_bits, compute.dtype_bytes)
     kv_cache = rows * row_bytes * context_len * compute.batch
-    moment = forward_peak(compute, chunk, context_len, logits_rows=run.logits_rows)
+    moment = forward_peak(compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits)
     attention = sum(moment.tensors.get(name, 0) for name in ATTENTION)
     logits = sum(moment.tensors.get(name, 0) for name in LOGITS)
     weights = _weight_terms(run)
-    staying = sum(term.bytes for term in weights) + kv_cache + moment.bytes
+    result = every_logits_bytes(config, context_len) * compute.batch if run.every_logits else 0
+    staying = sum(term.bytes for term in weights) + kv_cache + moment.bytes + result
     per_tensor = f"2 x {config.num_hidden_layers} layers x {config.num_key_value_heads} KV heads x {row_bytes} B"
     batch = f" x {compute.batch} sequences" if compute.batch > 1 else ""
     kv_kind: Kind = "exact" if run.kv_bits in RUNTIME_KV_BITS else "modelled"
@@ -87,7 +94,8 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
             f"the other tensors of a {chunk}-token chunk's fullest step ({moment.step})",
         ),
         Term("attention", attention, "modelled", _attention_formula(moment.tensors, context_len)),
-        Term("logits", logits, "modelled", f"{run.logits_rows} positions; 0 where another step is the fullest"),
+        Term("logits", logits, "modelled", _logits_formula(run)),
+        *(_every_logits_term(run, context_len, result) if run.every_logits else ()),
         *run.extra_terms(context_len),
         Term(run.overhead.name, run.overhead.bytes, run.overhead.kind, run.overhead.formula),
     ]
@@ -118,6 +126,16 @@ def _weight_terms(run: Run) -> list[Term]:
         Term(name, nbytes - run.not_here.get(name, 0), "modelled" if name in run.not_here else "exact", formulas[name])
         for name, nbytes in classes.items()
     ]
+
+
+def _logits_formula(run: Run) -> str:
+    if run.every_logits:
+        return f"a block of up to {MAX_LOGITS_BYTES // MIB} MiB; 0 where another step is the fullest"
+    return f"{run.logits_rows} positions; 0 where another step is the fullest"
+
+
+def _every_logits_term(run: Run, context_len: int, nbytes: int) -> tuple[Term]:
+    return (Term("every_logits", nbytes, "exact", f"{context_len} positions x {run.config.vocab_size} x 4 B"),)
 
 
 def _attention_formula(tensors: Mapping[str, int], context_len: int) -> str:

@@ -261,7 +261,7 @@ def test_images_without_matplotlib_say_what_to_install(
         *(("--bits", "8"), ("--bits", "nf4"), ("--kv-bits", "8"), ("--kv-bits", "4"), ("--head-bits", "16")),
         *(("--group-size", "32"), ("--embed", "host"), ("--batch", "4"), ("--chunk", "2k"), ("--offload", "8")),
         *(("--draft", "demo"), ("--draft", "ngram", "--draft-tokens", "400"), ("--gpus", "2")),
-        *(("--gpus", "2", "--split", "tp"), ("--context-mib", "900")),
+        *(("--gpus", "2", "--split", "tp"), ("--context-mib", "900"), ("--every-logits",)),
     ],
     ids=" ".join,
 )
