@@ -23,6 +23,7 @@ from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
 from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
+from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
@@ -296,6 +297,7 @@ def load_model(
         raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
     folder = Path(path)
     started = time.perf_counter()
+    return_large_blocks()
     held = resident_bytes()  # before the tokenizer comes, which the plan counts by itself
     with ThreadPoolExecutor(max_workers=1) as beside:  # a large vocabulary takes a second of its own
         tokenizer = beside.submit(load_tokenizer, folder)

@@ -31,7 +31,7 @@ def chart(question: Question, width: int) -> Iterator[str]:
     contexts = [max(1, limit * (i + 1) // columns) for i in range(columns)]
     curves = [_curve(question, i, contexts) for i in range(len(question.choices))]
     lowest, highest = _bounds(question, curves)
-    free = question.target.free_bytes / GIB
+    free = question.free_bytes / GIB
     grid = [[" "] * columns for _ in range(HEIGHT)]
     scale = {}
     for size in CARD_SIZES_GIB:
@@ -66,7 +66,7 @@ def _curve(question: Question, index: int, contexts: Sequence[int]) -> list[floa
 def _bounds(question: Question, curves: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The curves, and the device's free memory where it is not far from them."""
     lowest, highest = min(map(min, curves)), max(map(max, curves))
-    free = question.target.free_bytes / GIB
+    free = question.free_bytes / GIB
     if 0.5 * lowest <= free <= 1.5 * highest:
         lowest, highest = min(lowest, free), max(highest, free)
     return lowest, max(highest, 1.1 * lowest)
@@ -119,7 +119,7 @@ def _draw(question: Question, axes: Any) -> None:
         color = f"C{weights.index((choice.label, choice.head_bits)) % 10}"
         axes.plot(contexts, curve, color=color, linestyle=KV_LINES[choice.kv_bits])
         labels.append((curve[-1], choice_text(choice, question.choices), color))
-    free = target.free_bytes / GIB
+    free = question.free_bytes / GIB
     if bottom <= free <= top:
         axes.axhline(free, color="black", linewidth=1.2, zorder=1)
         labels.append((free, f"{free:.2f} GiB to take", "black"))

@@ -153,7 +153,12 @@ def _slack(run: Run, context_len: int, row_bytes: int) -> int:
     tensor = config.num_key_value_heads * row_bytes * context_len * run.compute.batch
     count = 2 * config.num_hidden_layers
     cache = reserved_for_equal(tensor, count) - count * tensor
-    return run.weights.reserved_bytes - run.weights.bytes + max(0, cache) + FRAGMENTATION_BYTES
+    return (
+        run.weights.reserved_bytes
+        - run.weights.bytes
+        + max(0, cache)
+        + max(FRAGMENTATION_BYTES, run.overhead.slack_bytes)
+    )
 
 
 def largest_context(run: Run, available_bytes: int, limit: int) -> int:

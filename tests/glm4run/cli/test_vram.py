@@ -17,9 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glm4run import calibrate
 from glm4run.cli import main, vram_plot
-from glm4run.memory import GIB
+from glm4run.memory import GIB, MIB
+from glm4run.memory.calibration import FILE_VARIABLE
 from glm4run.vram import detect
+from glm4run.vram.targets import Target
 from tests.builders import write_packed
 
 TERM_KINDS = {"exact", "modelled", "measured"}
@@ -45,6 +48,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(detect, "_output", lambda command: "")
     monkeypatch.setattr(detect, "DRM", tmp_path / "drm")
     monkeypatch.setenv("GLM4RUN_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "calibration.json"))
     monkeypatch.setenv("COLUMNS", "80")
 
 
@@ -250,6 +254,52 @@ def test_images_without_matplotlib_say_what_to_install(
     got = run("--gpu", "12GB", "--svg", tmp_path / "a.svg")
     assert got.code == 1
     assert "glm4run[plot]" in got.err
+
+
+def test_reserve_is_left_free_everywhere(run: Run) -> None:
+    plain, kept = (run("--gpu", "12GB", "--json", *more).json() for more in ((), ("--reserve", "2GB")))
+    assert kept["device"]["reserved_bytes"] == 2 * GIB
+    for before, after in zip(plain["rows"], kept["rows"], strict=True):
+        assert after["peak_bytes"] == before["peak_bytes"]
+        assert after["headroom_bytes"] == before["headroom_bytes"] - 2 * GIB
+    longest = [{row["bits"]: row["context_tokens"] for row in data["max_context"]} for data in (plain, kept)]
+    assert longest[1][4] < longest[0][4]
+    assert kept["best"]["context_tokens"] < plain["best"]["context_tokens"]
+    assert "2.00 GiB are left free (--reserve)" in run("--gpu", "12GB", "--reserve", "2GB").out
+    fewer = run("--gpu", "all", "--bits", "4", "--ctx", "63k", "--reserve", "40%", "--json").json()
+    more = run("--gpu", "all", "--bits", "4", "--ctx", "63k", "--json").json()
+    assert fewer["recommendations"][0]["usable_bytes"] > more["recommendations"][0]["usable_bytes"]
+
+
+def test_more_reserved_than_there_is_is_short_and_not_a_crash(run: Run) -> None:
+    got = run("--gpu", "8GB", "--reserve", "9GB")
+    assert got.code == 2
+    assert "-1.24 free" in got.err and "17592186" not in got.out + got.err
+
+
+@pytest.mark.parametrize("text", ["x", "-3%", "100%", "", "%"])
+def test_wrong_reserves_are_usage_errors(run: Run, text: str) -> None:
+    got = run("--gpu", "8GB", f"--reserve={text}")
+    assert got.code == 2
+    assert "is no amount of memory" in got.err
+
+
+def test_calibration_is_said_and_is_about_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"version": "x", "context_bytes": 90 * MIB, "later_bytes": 0, "slack_bytes": 0, "read_gb_per_s": 50.0}
+    monkeypatch.setattr(calibrate, "_run_child", lambda words: case)
+    monkeypatch.setattr(Target, "backend", lambda target: "native")
+    got = run("--gpu", "cpu", "--ctx", "1k", "--bits", "4", "--calibrate")
+    assert "measured: process 90 MiB" in got.err
+    assert "process measured here on" in got.out
+    data = run("--gpu", "cpu", "--ctx", "1k", "--bits", "16,4", "--json").json()
+    assert data["device"]["calibration"]["context_bytes"] == 90 * MIB
+    kinds = {term["name"]: term["kind"] for term in data["rows"][0]["terms"]}
+    assert kinds["process"] == "measured"
+    assert data["rows"][0]["decode_tok_per_s"] is None  # dense weights were not measured
+    low, high = data["rows"][1]["decode_tok_per_s"]
+    assert 0 < low < high < 50e9 / 4e9
+    assert run("--gpu", "12GB", "--calibrate").code == 2
+    assert run("--gpu", "12GB", "--json").json()["device"]["calibration"] is None
 
 
 # --- every option does something
