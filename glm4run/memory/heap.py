@@ -13,8 +13,8 @@ import os
 from glm4run.memory.sizes import MIB
 
 RETURNED_BYTES = MIB  # while loading, blocks from this size go back at once
-# While running, new pages for each temporary cost time (12 % of a prefill's, measured), so that the heap may keep blocks
-# of up to this share of the weights, and as much at its end: together less than a percent of the whole.
+# While running, new pages for each temporary cost time (12 % of a prefill's, measured), so that the heap may keep
+# blocks of up to this share of the weights, and as much at its end: together less than a percent of the whole.
 KEPT_SHARE, MOST_KEPT_BYTES = 256, 32 * MIB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _OF_THE_USER = (("MALLOC_MMAP_THRESHOLD_", ""), ("GLIBC_TUNABLES", "mmap_threshold"))  # variable, what it then contains

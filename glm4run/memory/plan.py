@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from glm4run.config import ModelConfig
 from glm4run.memory.allocator import reserved_for_equal
+from glm4run.memory.heap import kept_block_bytes
 from glm4run.memory.overhead import Overhead
 from glm4run.memory.sizes import MIB, tokens_text
 from glm4run.memory.terms import PREFILL_CHUNK, Kind, MemoryPlan, Term
@@ -24,7 +25,7 @@ HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is
 # Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
 FRAGMENTATION_BYTES = 64 * MIB
 # What glibc's heap keeps of tensors that came and went, as a share of them. Source: measured, docs/vram.md.
-HEAP_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 32 * MIB
+HEAP_SLACK_SHARE, LOADING_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 16, 16 * MIB
 
 ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
 LOGITS = ("logits", "logits in float32", "sampling")
@@ -104,9 +105,13 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
         slack = _slack(run, context_len, row_bytes)
         terms.append(Term("allocator_slack", slack, "modelled", "2 MiB segments of weights and cache, fragments"))
     else:
-        converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // HEAP_SLACK_SHARE)
-        slack = moment.bytes // HEAP_SLACK_SHARE + converted
-        formula = f"1/{HEAP_SLACK_SHARE} of the forward's tensors and of converted weights (these up to 32 MiB)"
+        converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // LOADING_SLACK_SHARE)
+        kept = min(moment.bytes, 2 * kept_block_bytes(sum(term.bytes for term in weights)))
+        slack = moment.bytes // HEAP_SLACK_SHARE + converted + kept
+        formula = (
+            f"1/{HEAP_SLACK_SHARE} of the forward's tensors, 1/{LOADING_SLACK_SHARE} of converted weights (up to "
+            f"{MOST_LOADING_SLACK_BYTES // MIB} MiB), and what glibc's heap may keep: 1/128 of the weights, 2 to 64 MiB"
+        )
         terms.append(Term("allocator_slack", slack, "modelled", formula))
     terms.append(Term("loading", loading, "modelled", "what loading needs beyond running: a tensor being converted"))
     return MemoryPlan(context_len, tuple(terms), chunk, moment.step)
