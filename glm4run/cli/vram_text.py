@@ -163,7 +163,8 @@ def remedies(question: Question, rows: Sequence[Row], width: int) -> Lines:
         f"is short {gib_text(-row.headroom_bytes)} GiB. What helps, the least loss first, each on top of the others:",
         width,
     )
-    for remedy in ladder(question, choice, context_len):
+    steps = ladder(question, choice, context_len)
+    for remedy in steps:
         mark, star = "+" if remedy.fits else "-", "" if remedy.runs_now else "*"
         yield from wrap(
             f"  {mark} {gib_text(remedy.plan_bytes):>6} ({gib_text(-remedy.saved_bytes)})  {remedy.what}{star} "
@@ -171,6 +172,8 @@ def remedies(question: Question, rows: Sequence[Row], width: int) -> Lines:
             width,
             indent="     ",
         )
+    if not all(step.runs_now for step in steps):
+        yield from wrap("  * estimated; this version does not run it yet", width, indent="    ")
     longest = longest_context(question, choice)
     as_is = f"{longest.tokens} tokens" if longest.tokens else "none"
     yield from wrap(f"  longest context that fits as it is: {as_is}", width)
