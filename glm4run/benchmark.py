@@ -21,7 +21,7 @@ from glm4run.generate import LoadedModel
 from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layers import QuantizedLinear
 from glm4run.machine import default_threads
-from glm4run.memory import PREFILL_CHUNK, available_ram_bytes
+from glm4run.memory import available_ram_bytes
 from glm4run.steps import Context
 
 READ_BYTES = 1 << 30  # far beyond any cache
@@ -130,7 +130,7 @@ def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
             total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
     config = model.config
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.model.dtype.itemsize
-    return total // min(tokens, PREFILL_CHUNK) + depth * cache
+    return total // min(tokens, model.plan.chunk) + depth * cache
 
 
 def time_prefill(model: LoadedModel, tokens: int, depth: int = 0) -> float:
@@ -244,17 +244,17 @@ def _filled(model: LoadedModel, depth: int, room: int) -> Context:
     context = model.new_context()
     with torch.inference_mode():
         ids = _ids(model, depth)
-        for first in range(0, depth, PREFILL_CHUNK):
-            model.model.hidden_states(ids[first : first + PREFILL_CHUNK], context.cache)
+        for first in range(0, depth, model.plan.chunk):
+            model.model.hidden_states(ids[first : first + model.plan.chunk], context.cache)
     _synchronize(model)
     return context
 
 
 def _feed(model: LoadedModel, context: Context, ids: Tensor) -> Tensor:
     """Feeds at least one id, in chunks; returns the likeliest token behind the last, [1]."""
-    for first in range(0, len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
-        model.model.hidden_states(ids[first : first + PREFILL_CHUNK], context.cache)
-    rest = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    for first in range(0, len(ids) - model.plan.chunk, model.plan.chunk):
+        model.model.hidden_states(ids[first : first + model.plan.chunk], context.cache)
+    rest = (len(ids) - 1) // model.plan.chunk * model.plan.chunk
     logits: Tensor = model.model(ids[rest:], context.cache)
     return logits[-1:].argmax(dim=-1)
 

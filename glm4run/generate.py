@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,14 @@ from glm4run.cards import FAMILY_STOP_TOKENS, Card
 from glm4run.chat_format import AnswerCleaner, Message, encode_chat
 from glm4run.config import ModelConfig
 from glm4run.dialects import Dialect
-from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
+from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
-from glm4run.loading import LoadedWeights, load_weights
-from glm4run.memory import MemoryPlan, Run, resident_bytes
+from glm4run.loading import LoadedWeights, available_bytes, load_weights
+from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
+from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
-from glm4run.model_folders import chat_dialect, read_generation_config
+from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
 from glm4run.steps import Context, FinishReason, GenerationStep, TextStream, Timings
 from glm4run.stopping import is_looping
@@ -70,16 +72,34 @@ class LoadedModel:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits float32 [T, V] of every position of `ids`, taken as they are (no prefix is added).
 
+        Computed a chunk after the other into the result, which is four bytes for each position and token of the
+        vocabulary: `memory.Run.every_logits` plans it. The run's own plan has room for one position's logits only.
+
         Raises:
-            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds.
+            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds, or no
+                memory for the result. Before any computation.
         """
-        self._check_prompt(ids)
+        self.check_prompt(ids)
+        self._require_room_for_logits(len(ids))
         context = self.new_context()
-        parts = [
-            self.model(self._tensor(ids[i : i + self.plan.chunk]), context.cache, logits="all")
-            for i in range(0, len(ids), self.plan.chunk)
-        ]
-        return torch.cat(parts)
+        result = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        for first in range(0, len(ids), self.plan.chunk):
+            chunk = self._tensor(ids[first : first + self.plan.chunk])
+            self.model.write_logits(chunk, context.cache, result[first : first + len(chunk)])
+        return result
+
+    def _require_room_for_logits(self, tokens: int) -> None:
+        """What the plan of every position's logits needs beyond weights, which are there already."""
+        run = dataclasses.replace(self.memory_run, chunk=self.plan.chunk, every_logits=True)
+        plan = plan_run(run, tokens)
+        needed = plan.bytes_of("kv_cache", "prefill_activations", "attention", "logits", "every_logits")
+        free = available_bytes(self.device)
+        if free is not None and needed > free:
+            raise DoesNotFitError(
+                f"the logits of {tokens} positions need {needed / GIB:.2f} GiB beside the model, "
+                f"{free / GIB:.2f} GiB are free on {self.device}",
+                hint="ask for fewer tokens at once",
+            )
 
     def default_params(self) -> SamplingParams:
         """The sampling that the model's own files ask for, else its card's, else greedy."""
@@ -88,10 +108,7 @@ class LoadedModel:
     def require_dialect(self) -> Dialect:
         """The chat dialect. Raises CheckpointError for a model that has none."""
         if self.dialect is None:
-            raise CheckpointError(
-                f"{self.name} has no chat template: a base model continues text and cannot hold a conversation",
-                hint="use a chat variant such as glm-4-9b-chat or GLM-4-9B-0414, or give text to continue",
-            )
+            raise no_chat_template(self.name)
         return self.dialect
 
     def encode_prompt(
@@ -127,15 +144,16 @@ class LoadedModel:
             DoesNotFitError: the prompt leaves no room in the context. Before any computation.
         """
         ids = self.encode_prompt(prompt, tools)
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         if chat is None:
             chat = is_conversation(prompt)
         run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
         return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def check_prompt(self, ids: Sequence[int], *, name: str = "the prompt") -> None:
+        """Raises UsageError for no ids or wrong ones, DoesNotFitError for too many; `name` is what they are called."""
         if not ids:
-            raise UsageError("the prompt is empty", hint="give at least one token")
+            raise UsageError(f"{name} is empty", hint="give at least one token")
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
@@ -143,7 +161,7 @@ class LoadedModel:
             most = self.config.max_position_embeddings
             larger = f", or use a larger --ctx (this model has up to {most})" if self.plan.context_len < most else ""
             raise DoesNotFitError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.plan.context_len}",
+                f"{name} has {len(ids)} tokens, the context holds {self.plan.context_len}",
                 hint=f"shorten it{larger}",
             )
 
@@ -277,6 +295,7 @@ def load_model(
         raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
     folder = Path(path)
     started = time.perf_counter()
+    return_large_blocks()
     held = resident_bytes()  # before the tokenizer comes, which the plan counts by itself
     with ThreadPoolExecutor(max_workers=1) as beside:  # a large vocabulary takes a second of its own
         tokenizer = beside.submit(load_tokenizer, folder)

@@ -19,6 +19,7 @@ from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layer_stack import native_stack
 from glm4run.machine import default_threads
 from glm4run.memory import MemoryPlan, Run
+from glm4run.memory.heap import kept_block_bytes, return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.ops import choose_ops
 from glm4run.tensor_loading import Progress, TensorLoader
@@ -113,6 +114,7 @@ def load_weights(
     """
     if activations not in ACTIVATIONS:
         raise UsageError(f"activations are {activations!r}", hint=f"one of: {', '.join(ACTIVATIONS)}")
+    return_large_blocks()  # so that the process holds what the plan says, whatever came and went before
     use_threads(threads)
     config = read_config(folder)
     card = match_card(config, name=folder.name)
@@ -133,6 +135,7 @@ def load_weights(
         TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
+    return_large_blocks(kept_block_bytes(plan.weight_bytes))
     return LoadedWeights(
         model,
         plan,
@@ -179,7 +182,7 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
         raise DoesNotFitError(
             f"a context of {context_len} tokens was asked for, this model has {limit}", hint=f"use --ctx {limit}"
         )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
+    free = available_bytes(device)
     if free is None:
         return memory.plan_run(run, context_len or min(limit, DEFAULT_CONTEXT_WITHOUT_MEMORY))
     plan = memory.choose_plan(run, free + run.overhead.held_bytes, context_len, limit)
@@ -192,6 +195,11 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
         f"needs {needed / memory.GIB:.2f} GiB, {free / memory.GIB:.2f} GiB are free on {device}",
         hint=f"{remedy}; `glm4run vram` shows what fits",
     )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of a device that may still be taken; None where the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
 
 
 def planned_run(
@@ -216,9 +224,13 @@ def planned_run(
     on_cpu = device.type == "cpu"
     tokenizer = memory.tokenizer_bytes(reader.folder, config.vocab_size)
     overhead = (
-        memory.process_overhead(held_bytes or memory.resident_bytes(), tokenizer)
+        memory.process_overhead(
+            held_bytes or memory.resident_bytes(), tokenizer, memory.read_calibration(memory.calibrated_cpu())
+        )
         if on_cpu
-        else memory.device_overhead(is_open=True)
+        else memory.device_overhead(
+            is_open=True, calibration=memory.read_calibration(torch.cuda.get_device_name(device))
+        )
     )
     return Run(weights, weights.compute(config, dtype=dtype_name, device=device.type), overhead)
 

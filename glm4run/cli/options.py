@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-from rich.filesize import decimal
 
-from glm4run.cards import load_cards
 from glm4run.cli.console import byte_progress, note, talk
 from glm4run.config import read_config
 from glm4run.dialects import Dialect
-from glm4run.errors import CheckpointError, UsageError
+from glm4run.errors import UsageError
 from glm4run.memory import parse_size
-from glm4run.model_folders import FoundModel, chat_dialect, find_model
+from glm4run.model_folders import FoundModel, chat_dialect, find_model, no_chat_template
 
 if TYPE_CHECKING:
     from glm4run import kernels
@@ -99,15 +97,13 @@ def require_chat(found: FoundModel) -> Dialect:
     """The chat dialect of a model folder. Raises CheckpointError for a base model, naming the chat variants."""
     dialect, _ = chat_dialect(found.folder, read_config(found.folder))
     if dialect is None:
-        chats = ", ".join(card.name for card in load_cards().values() if not card.is_base)
-        raise CheckpointError(
-            f"{found.name} has no chat template: a base model continues text and cannot hold a conversation",
-            hint=f"use a chat variant ({chats}); `chat --force` chats all the same, `generate` continues text",
-        )
+        raise no_chat_template(found.name)
     return dialect
 
 
 def _announce(found: FoundModel, loaded: LoadedModel) -> None:
+    from rich.filesize import decimal
+
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     note(
         f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "

@@ -15,6 +15,7 @@ from glm4run.memory.kernels import Kernel, Linear, kernel_scratch_bytes
 from glm4run.memory.sizes import MIB
 
 MAX_SCORE_BYTES = 64 * MIB  # of attention.py
+MAX_LOGITS_BYTES = 64 * MIB  # of one product with the head, where the logits of every position are asked for
 DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 LINEAR_KINDS = ("qkv", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
@@ -72,10 +73,18 @@ class _Ledger:
         self.live[new] = self.live.pop(old)
 
 
-def forward_peak(compute: Compute, tokens: int, context: int, *, logits_rows: int = 1) -> Moment:
+def logits_block_rows(vocab_size: int, dtype_bytes: int) -> int:
+    """Positions whose logits are computed at once where those of every position are asked for."""
+    return max(1, MAX_LOGITS_BYTES // (vocab_size * dtype_bytes))
+
+
+def forward_peak(
+    compute: Compute, tokens: int, context: int, *, logits_rows: int = 1, every_position: bool = False
+) -> Moment:
     """The fullest moment of a forward of `tokens` new tokens that end at position `context`.
 
-    `logits_rows`: the positions whose logits are computed: 1, or k + 1 to verify k drafted tokens.
+    `logits_rows`: the positions whose logits are computed: 1, or k + 1 to verify k drafted tokens. `every_position`:
+    those of all tokens instead, a block after the other into a result that is not counted here; nothing is sampled.
     """
     config, batch = compute.config, compute.batch
     tokens = tokens * batch  # rows of every matrix; the scores alone care that they are several sequences
@@ -90,7 +99,13 @@ def forward_peak(compute: Compute, tokens: int, context: int, *, logits_rows: in
         ledger.rename("rows", "residual")
     _attention_branch(ledger, compute, tokens, context)
     _mlp_branch(ledger, compute, tokens)
-    _head(ledger, compute, tokens, logits_rows * batch)
+    if every_position:
+        _norm(ledger, "final norm", tokens, compute)
+        ledger.drop("residual", "cos", "sin")
+        rows = min(tokens, logits_block_rows(config.vocab_size, compute.dtype_bytes))
+        _linear(ledger, compute, "lm_head", rows, "logits")
+    else:
+        _head(ledger, compute, tokens, logits_rows * batch)
     return ledger.most
 
 

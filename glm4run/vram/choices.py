@@ -77,6 +77,7 @@ class Choice:
     batch: int = 1
     chunk: int = PREFILL_CHUNK
     drafted_tokens: int = 0
+    every_logits: bool = False
     gpus: int = 1
     split: str = "pp"
     offloaded_layers: int = 0
@@ -167,6 +168,7 @@ def make_run(
         choice.chunk,
         choice.kv_bits,
         choice.drafted_tokens + 1,
+        choice.every_logits,
         partial(_extra_terms, choice, draft),
         _elsewhere(weights, choice),
     )
