@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.fidelity import Summary, Tally, reference_rows
 from glm4run.generate import LoadedModel
+from glm4run.layers import QuantizedLinear
 from glm4run.reference_logits import Provenance, ReferenceWriter, SavedReference
 from glm4run.steps import Context
 from glm4run.text_windows import Cut, Text, Window, cut_windows
@@ -161,6 +162,20 @@ class _Scorer:
         """The columns of token ids, int64 [R]."""
         wanted = torch.tensor(ids, dtype=torch.long, device=self.model.device)
         return torch.searchsorted(self._usable, wanted)
+
+
+def bits_per_weight(model: LoadedModel) -> float:
+    """Of the layers' linears as they are kept here, scales and padding included; embedding, head and biases apart."""
+    nbytes = weights = 0
+    for module in model.model.model.layers.modules():
+        if isinstance(module, QuantizedLinear):
+            spec = module.prepacked.spec
+            nbytes += module.prepacked.nbytes
+            weights += spec.out_features * spec.in_features
+        elif isinstance(module, nn.Linear):
+            nbytes += module.weight.numel() * module.weight.element_size()
+            weights += module.weight.numel()
+    return 8 * nbytes / weights
 
 
 def _reference(

@@ -85,9 +85,10 @@ def cut_windows(ids: Sequence[int], prefix: Sequence[int], cut: Cut) -> list[Win
     room = cut.context - len(prefix)
     if room < 4:
         raise UsageError(f"a context of {cut.context} tokens is too small to evaluate in", hint="use --ctx 512")
-    if cut.stride is not None and not 0 < cut.stride <= room:
+    most = room if prefix else room - 1  # without a prefix nothing comes before a window's first token
+    if cut.stride is not None and not 0 < cut.stride <= most:
         raise UsageError(
-            f"a stride of {cut.stride} tokens does not fit a window with room for {room}", hint=f"give 1 to {room}"
+            f"a stride of {cut.stride} tokens does not fit a window of {cut.context}", hint=f"give 1 to {most}"
         )
     ids = ids[: cut.max_tokens]
     windows = _side_by_side(ids, tuple(prefix), cut) if cut.stride is None else _strided(ids, tuple(prefix), cut)
@@ -109,7 +110,7 @@ def _side_by_side(ids: Sequence[int], prefix: tuple[int, ...], cut: Cut) -> list
 def _strided(ids: Sequence[int], prefix: tuple[int, ...], cut: Cut) -> list[Window]:
     assert cut.stride is not None
     room, windows = cut.context - len(prefix), []
-    done = 0 if prefix else 1  # without a prefix nothing comes before the first token
+    done = 0 if prefix else 1
     for start in range(0, len(ids), cut.stride):
         end = min(start + room, len(ids))
         if end > done:

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from glm4run import __version__
-from glm4run.cli import bench, chat, check, generate, info, quantize, tokenize, vram
+from glm4run.cli import bench, chat, check, eval, generate, info, quantize, tokenize, vram
 from glm4run.cli.console import say_error
 from glm4run.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Glm4RunError
 
@@ -34,6 +34,7 @@ app.command("generate")(generate.generate)
 app.command("quantize")(quantize.quantize)
 app.command("vram")(vram.vram)
 app.command("bench")(bench.bench)
+app.command("eval")(eval.evaluate)
 app.command("tokenize")(tokenize.tokenize)
 app.command("info")(info.info)
 app.command("models")(info.models)

@@ -13,7 +13,7 @@ from glm4run.config import read_config
 from glm4run.dialects import Dialect
 from glm4run.errors import CheckpointError, UsageError
 from glm4run.memory import parse_size
-from glm4run.model_folders import FoundModel, chat_dialect, find_model
+from glm4run.model_folders import FoundModel, chat_dialect, describe_report, find_model, read_provenance
 
 if TYPE_CHECKING:
     from glm4run import kernels
@@ -114,6 +114,9 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
         f"backend {loaded.backend_detail} ({loaded.backend_reason}), "
         f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
     )
+    quality = describe_report(read_provenance(found.folder))
+    if quality is not None:
+        note(f"{found.name}: {quality}")
     for notice in loaded.notices:
         talk(f"notice: {notice}", style="yellow", only="notice:")
     if found.is_demo:

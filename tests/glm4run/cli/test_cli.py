@@ -22,7 +22,7 @@ from glm4run.cli import app, main
 from tests.builders import PREFIX, SPECIAL_IDS, edit_json, edit_tensors, write_checkpoint, write_json, write_packed
 
 REPO = Path(__file__).resolve().parents[3]
-COMMANDS = ("chat", "generate", "quantize", "vram", "tokenize", "info", "models", "check")
+COMMANDS = ("chat", "generate", "quantize", "vram", "eval", "tokenize", "info", "models", "check")
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 GENERATE_KEYS = [
