@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from glm4run.sampling import SamplingParams
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Backend = Annotated[str, typer.Option(help="Kernels of packed linears: auto, native, torch or reference")]
+Backend = Annotated[
+    str,
+    typer.Option(help="Kernels of packed linears: auto, native, torch, reference, bitsandbytes or quanto"),
+]
+QuantizeOnLoad = Annotated[
+    str | None,
+    typer.Option(
+        help="Pack an unpacked model while it is loaded: nf4, fp4 or int8 (bitsandbytes), qint8 or qint4 (quanto)"
+    ),
+]
 Activations = Annotated[
     str, typer.Option(help="How activations meet packed weights: auto, int8 (fastest), int16 or bf16 (as they are)")
 ]
@@ -64,6 +73,7 @@ def load(
     threads: int | None,
     rope_theta: float | None,
     yarn: str,
+    quantize_on_load: str | None = None,
     needs_chat: bool = False,
 ) -> tuple[FoundModel, LoadedModel]:
     """Finds and loads the model, and says on stderr what was taken.
@@ -84,6 +94,7 @@ def load(
             device=device,
             backend=backend,
             activations=cast("kernels.Activations", activations),
+            quantize_on_load=quantize_on_load,
             threads=threads,
             dtype=dtype,
             context_len=context_len,
