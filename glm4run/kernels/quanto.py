@@ -7,7 +7,8 @@ What runs where (optimum-quanto 0.2.7):
 * qint4, scale and shift per group of 128 (or the next smaller multiple of 32 that divides K): torch's int4 kernel with
   bf16 activations and groups of 128; else the whole weight is dequantized at each call.
 
-quanto would compile C++ at the first call to unpack 4-bit values; two lines of torch do it here instead. Imported only when asked for: `pip install glm4run[quanto]`.
+quanto would compile C++ at the first call to unpack 4-bit values; two lines of torch do it here instead.
+Imported only when asked for: `pip install glm4run[quanto]`.
 """
 
 from __future__ import annotations
