@@ -271,6 +271,7 @@ def load_model(
     dtype: str = "auto",
     backend: str = "auto",
     activations: Activations = "auto",
+    quantize_on_load: str | None = None,
     threads: int | None = None,
     kv_bits: int = 16,
     context_len: int | None = None,
@@ -284,6 +285,8 @@ def load_model(
         path: the folder. device: auto, cpu, cuda, cuda:N. dtype: auto, bf16, fp16, fp32.
         backend: auto, or the name of one, which then never falls back. kv_bits: 16 is what this version has.
         activations: how they meet packed weights. auto takes the faster form where its loss is negligible; int8, bf16.
+        quantize_on_load: how to pack a dense folder while it is loaded, by bitsandbytes (nf4, fp4, int8) or
+            optimum-quanto (qint8, qint4).
         threads: of the CPU; None takes one per core that this process may use.
         context_len: tokens; None takes the largest that fits the memory, up to the model's own.
         rope_theta: overrides the config's base. yarn: auto (when the context asks for it), on, off.
@@ -305,6 +308,7 @@ def load_model(
             dtype=dtype,
             backend=backend,
             activations=activations,
+            quantize_on_load=quantize_on_load,
             threads=threads,
             context_len=context_len,
             rope_theta=rope_theta,

@@ -113,6 +113,27 @@ def read_provenance(folder: Path) -> Mapping[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def describe_report(provenance: Mapping[str, Any]) -> str | None:
+    """What packing cost, in one line, from the figures that were measured when a folder was packed; else None.
+
+    Source of the keys: `evaluation.Evaluation.as_report`.
+    """
+    report = provenance.get("report")
+    if not isinstance(report, Mapping) or not isinstance(report.get("text"), Mapping):
+        return None
+    keys = ("kl_mean", "kl_p99", "same_top1", "perplexity", "reference_perplexity", "windows", "ctx")
+    found = {key: report[key] for key in keys if type(report.get(key)) in (int, float)}
+    if len(found) < len(keys):
+        return None
+    line = (
+        f"KL divergence {found['kl_mean']:.4g} (p99 {found['kl_p99']:.3g}), same top-1 {found['same_top1']:.1%}, "
+        f"perplexity {found['perplexity']:.4g} (source {found['reference_perplexity']:.4g}), "
+        f"over {found['windows']} windows of {found['ctx']} tokens of {report['text'].get('name')}"
+    )
+    bits = provenance.get("bits_per_weight")
+    return f"{bits:.2f} bits per weight, {line}" if isinstance(bits, int | float) else line
+
+
 def read_generation_config(folder: Path) -> Mapping[str, Any]:
     """`generation_config.json`, {} where there is none."""
     path = folder / "generation_config.json"

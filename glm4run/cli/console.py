@@ -119,7 +119,7 @@ def byte_progress(what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def token_progress(what: str) -> Iterator[Any]:
+def token_progress(what: str, unit: str = "tokens") -> Iterator[Any]:
     """A bar over the tokens of a long prompt, on a terminal only; gives the callback (tokens done, tokens in all).
 
     The bar is there only between the callback's first call and its last: a live display that is still running while
@@ -131,7 +131,7 @@ def token_progress(what: str) -> Iterator[Any]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} tokens"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(f"{{task.completed}}/{{task.total}} {unit}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     task = progress.add_task(what, total=None)
 

@@ -14,7 +14,14 @@ from glm4run.cli.console import note, talk, write_json, write_text
 from glm4run.config import ModelConfig, read_config
 from glm4run.errors import Glm4RunError
 from glm4run.memory import kv_bytes_per_token
-from glm4run.model_folders import chat_dialect, find_model, list_models, models_folders, read_provenance
+from glm4run.model_folders import (
+    chat_dialect,
+    describe_report,
+    find_model,
+    list_models,
+    models_folders,
+    read_provenance,
+)
 
 KV_DTYPE_BYTES = 2
 
@@ -68,6 +75,7 @@ def _facts(folder: Path, config: ModelConfig, entries: dict[str, TensorEntry]) -
         "kv_bytes_per_token": kv_bytes_per_token(config, KV_DTYPE_BYTES),
         "quantization": schemes or None,
         "bits_per_weight": provenance.get("bits_per_weight"),
+        "quality": describe_report(provenance),
         "recipe": provenance.get("recipe"),
         "source": provenance.get("source", {}).get("path_or_id"),
         "chat_dialect": None if dialect is None else dialect.name,

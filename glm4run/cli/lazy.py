@@ -26,6 +26,10 @@ COMMANDS = {
     ),
     "vram": ("vram", "Say what fits in memory, the longest context, the speed to expect and what to run."),
     "bench": ("bench", "Measures prefill and decoding speed beside the machine's read bandwidth."),
+    "eval": (
+        "eval",
+        "Perplexity over a text; with a reference also KL divergence and how often the likeliest token is the same.",
+    ),
     "tokenize": ("tokenize", "Show the token ids of a text, or of a conversation as the model would see it."),
     "info": ("info", "Say what a model is: member of the family, shape, quantization, size, context, chat dialect."),
     "models": ("info", "List the models on this machine, and the members of the family."),

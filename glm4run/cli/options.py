@@ -11,7 +11,14 @@ from glm4run.config import read_config
 from glm4run.dialects import Dialect
 from glm4run.errors import UsageError
 from glm4run.memory import parse_size
-from glm4run.model_folders import FoundModel, chat_dialect, find_model, no_chat_template
+from glm4run.model_folders import (
+    FoundModel,
+    chat_dialect,
+    describe_report,
+    find_model,
+    no_chat_template,
+    read_provenance,
+)
 
 if TYPE_CHECKING:
     from glm4run import kernels
@@ -19,7 +26,16 @@ if TYPE_CHECKING:
     from glm4run.sampling import SamplingParams
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Backend = Annotated[str, typer.Option(help="Kernels of packed linears: auto, native, torch or reference")]
+Backend = Annotated[
+    str,
+    typer.Option(help="Kernels of packed linears: auto, native, torch, reference, bitsandbytes or quanto"),
+]
+QuantizeOnLoad = Annotated[
+    str | None,
+    typer.Option(
+        help="Pack an unpacked model while it is loaded: nf4, fp4 or int8 (bitsandbytes), qint8 or qint4 (quanto)"
+    ),
+]
 Activations = Annotated[
     str, typer.Option(help="How activations meet packed weights: auto, int8 (fastest), int16 or bf16 (as they are)")
 ]
@@ -62,6 +78,7 @@ def load(
     threads: int | None,
     rope_theta: float | None,
     yarn: str,
+    quantize_on_load: str | None = None,
     needs_chat: bool = False,
 ) -> tuple[FoundModel, LoadedModel]:
     """Finds and loads the model, and says on stderr what was taken.
@@ -82,6 +99,7 @@ def load(
             device=device,
             backend=backend,
             activations=cast("kernels.Activations", activations),
+            quantize_on_load=quantize_on_load,
             threads=threads,
             dtype=dtype,
             context_len=context_len,
@@ -110,6 +128,9 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
         f"backend {loaded.backend_detail} ({loaded.backend_reason}), "
         f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
     )
+    quality = describe_report(read_provenance(found.folder))
+    if quality is not None:
+        note(f"{found.name}: {quality}")
     for notice in loaded.notices:
         talk(f"notice: {notice}", style="yellow", only="notice:")
     if found.is_demo:

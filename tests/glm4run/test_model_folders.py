@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from glm4run.errors import CheckpointError, Glm4RunError
 from glm4run.model_folders import (
     MODELS_VARIABLE,
     chat_dialect,
+    describe_report,
     find_model,
     list_models,
     models_folders,
@@ -23,6 +25,17 @@ from glm4run.model_folders import (
     user_models_folder,
 )
 from tests.builders import raw_config, write_checkpoint, write_json
+
+REPORT: dict[str, Any] = {
+    "text": {"name": "wiki.test.raw", "sha256": "0"},
+    "windows": 64,
+    "ctx": 512,
+    "perplexity": 33.1,
+    "reference_perplexity": 31.58,
+    "kl_mean": 0.0812,
+    "kl_p99": 0.91,
+    "same_top1": 0.8341,
+}
 
 
 @pytest.fixture
@@ -179,3 +192,27 @@ def test_optional_files_may_be_absent(tmp_path: Path) -> None:
     (tmp_path / "glm4run.json").write_text("[]")
     with pytest.raises(CheckpointError, match="expected an object"):
         read_provenance(tmp_path)
+
+
+def test_a_measured_report_is_one_line() -> None:
+    line = describe_report({"bits_per_weight": 4.251, "report": {"total_bytes": 1, **REPORT}})
+    assert line == (
+        "4.25 bits per weight, KL divergence 0.0812 (p99 0.91), same top-1 83.4%, "
+        "perplexity 33.1 (source 31.58), over 64 windows of 512 tokens of wiki.test.raw"
+    )
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {},
+        {"report": None},
+        {"report": {"total_bytes": 1}},
+        {"report": {**REPORT, "text": "wiki"}},
+        {"report": {**REPORT, "kl_mean": "0.1"}},
+        {"report": {**REPORT, "same_top1": True}},
+        {"report": {key: value for key, value in REPORT.items() if key != "kl_p99"}},
+    ],
+)
+def test_what_was_not_measured_is_not_said(provenance: dict[str, Any]) -> None:
+    assert describe_report(provenance) is None

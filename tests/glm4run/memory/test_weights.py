@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import synthesize
 import torch
 
-from benchmarks import synthesize
 from glm4run.cards import demo_folder, load_cards
 from glm4run.checkpoint.layouts import linear_shapes
 from glm4run.config import ModelConfig

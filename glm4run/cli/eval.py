@@ -1,0 +1,169 @@
+"""`glm4run eval`: how well does this model predict a text, and how far is it from the model it was made of?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glm4run.cli import options
+from glm4run.cli.console import note, token_progress, write_json, write_text
+from glm4run.errors import UsageError
+from glm4run.text_windows import DEFAULT_CONTEXT, Cut, read_text
+
+if TYPE_CHECKING:
+    from glm4run.evaluation import Evaluation
+    from glm4run.fidelity import Divergence, Measured
+    from glm4run.generate import LoadedModel
+    from glm4run.reference_logits import SavedReference
+
+
+def eval(
+    text: Annotated[Path, typer.Option(help="The text, a file in UTF-8", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or name; default: the newest packed model, else the demo")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="The model to compare with: a folder or a name")] = None,
+    reference_logits: Annotated[
+        Path | None, typer.Option(help="Compare with logits that --save-logits wrote, without loading that model")
+    ] = None,
+    save_logits: Annotated[
+        Path | None, typer.Option(help="Write this model's distributions, 2 bytes for each token of the vocabulary")
+    ] = None,
+    ctx: Annotated[str, typer.Option(help="Tokens of a window, prefix included")] = str(DEFAULT_CONTEXT),
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Advance windows by so many tokens and score the new ones; default: side by side, second halves"
+        ),
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows, from the start")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens of the text")] = None,
+    backend: options.Backend = "auto",
+    activations: options.Activations = "auto",
+    quantize_on_load: options.QuantizeOnLoad = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
+    rope_theta: options.RopeTheta = None,
+    yarn: options.Yarn = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document")] = False,
+) -> None:
+    """Perplexity over a text; with a reference also KL divergence and how often the likeliest token is the same."""
+    context = options.parse_context(ctx)
+    assert context is not None
+    if reference is not None and reference_logits is not None:
+        raise UsageError("--reference and --reference-logits are two references", hint="give one of them")
+    cut = Cut(context, stride, windows, max_tokens)
+    content = read_text(text)
+    common = {"device": device, "dtype": dtype, "threads": threads, "rope_theta": rope_theta, "yarn": yarn}
+    saved = _open_saved(reference_logits)
+    ours = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
+    _, loaded = options.load(model, ctx=ctx, **ours, **common)  # type: ignore[arg-type]
+    against: LoadedModel | SavedReference | None = saved
+    if reference is not None:
+        _, against = options.load(reference, backend="auto", activations="auto", ctx=ctx, **common)  # type: ignore[arg-type]
+    from glm4run import evaluation
+
+    with token_progress("evaluating", "windows") as progress:
+        result = evaluation.evaluate(
+            loaded, content, cut, reference=against, save_logits=save_logits, progress=progress
+        )
+    if save_logits is not None:
+        note(f"logits saved: {save_logits}")
+    facts = {
+        "model": loaded.name,
+        "backend": loaded.backend_detail,
+        "bits_per_weight": round(evaluation.bits_per_weight(loaded), 4),
+        "reference": _reference_name(against),
+    }
+    if as_json:
+        write_json(_as_json(result, facts))
+    else:
+        _print(result, facts)
+
+
+def _open_saved(path: Path | None) -> SavedReference | None:
+    if path is None:
+        return None
+    from glm4run.reference_logits import SavedReference
+
+    return SavedReference(path)
+
+
+def _reference_name(reference: LoadedModel | SavedReference | None) -> str | None:
+    if reference is None:
+        return None
+    from glm4run.reference_logits import SavedReference
+
+    return reference.provenance.model if isinstance(reference, SavedReference) else reference.name
+
+
+def _as_json(result: Evaluation, facts: dict[str, Any]) -> dict[str, Any]:
+    """The contract's keys first."""
+    divergence = result.summary.divergence
+    return {
+        "tokens": result.summary.tokens,
+        "perplexity": result.summary.perplexity.value,
+        "reference_perplexity": None if divergence is None else divergence.reference_perplexity.value,
+        "kld_mean": None if divergence is None else divergence.kl_mean.value,
+        "kld_p99": None if divergence is None else divergence.kl_p99,
+        "same_top1": None if divergence is None else divergence.same_top1.value,
+        "context": result.cut.context,
+        "stride": result.cut.stride or result.cut.context - result.prefix_tokens,
+        "scored": "second half" if result.cut.stride is None else "new tokens",
+        "windows": result.windows,
+        "prefix_tokens": result.prefix_tokens,
+        "text": {"name": result.text.name, "sha256": result.text.sha256},
+        "perplexity_error": result.summary.perplexity.error,
+        "divergence": None if divergence is None else _divergence_json(divergence),
+        **facts,
+    }
+
+
+def _divergence_json(divergence: Divergence) -> dict[str, Any]:
+    """What the contract's keys leave out."""
+    return {
+        "kld_mean_error": divergence.kl_mean.error,
+        "kld_median": divergence.kl_median,
+        "kld_max": divergence.kl_max,
+        "same_top1_error": divergence.same_top1.error,
+        "reference_perplexity_error": divergence.reference_perplexity.error,
+        "perplexity_ratio": divergence.perplexity_ratio.value,
+        "perplexity_ratio_error": divergence.perplexity_ratio.error,
+        "by_position": [
+            {"first": bucket.first, "last": bucket.last, "tokens": bucket.tokens, "kld_mean": bucket.kl_mean}
+            for bucket in divergence.by_position
+        ],
+    }
+
+
+def _print(result: Evaluation, facts: dict[str, Any]) -> None:
+    divergence = result.summary.divergence
+    scored = "second halves" if result.cut.stride is None else f"stride {result.cut.stride}"
+    lines = {
+        "text": f"{result.text.name}, {result.summary.tokens:,} tokens scored: {result.windows} windows of "
+        f"{result.cut.context}, {scored}",
+        "model": f"{facts['model']}, {facts['bits_per_weight']:.2f} bits per weight, backend {facts['backend']}",
+        "perplexity": _plain(result.summary.perplexity),
+    }
+    if divergence is not None:
+        ratio, same = divergence.perplexity_ratio, divergence.same_top1
+        lines |= {
+            "reference": facts["reference"],
+            "reference perplexity": _plain(divergence.reference_perplexity),
+            "change of perplexity": f"{ratio.value - 1:+.3%} ± {ratio.error:.3%}",
+            "KL divergence": f"{_plain(divergence.kl_mean)} mean, {divergence.kl_median:.4g} median, "
+            f"{divergence.kl_p99:.4g} p99, {divergence.kl_max:.4g} max",
+            "same top-1": f"{same.value:.2%} ± {same.error:.2%}",
+            "KL by position": ", ".join(
+                f"{bucket.first}-{bucket.last - 1}: {bucket.kl_mean:.4g}" for bucket in divergence.by_position
+            ),
+        }
+    for name, value in lines.items():
+        write_text(f"{name:<22} {value}\n")
+
+
+def _plain(measured: Measured) -> str:
+    return f"{measured.value:.5g} ± {measured.error:.2g}"
