@@ -17,6 +17,9 @@ SHARED = REPO.parent / "shared"  # published configs, layouts and fixtures; not 
 settings.register_profile("glm4run", deadline=None, max_examples=50)
 settings.load_profile("glm4run")
 
+# What somebody measured of this machine must not change what the tests expect.
+os.environ["GLM4RUN_CALIBRATION"] = str(REPO / "no-calibration.json")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two pools of threads would fight. The variable is for the processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
