@@ -38,7 +38,8 @@ struct AttentionRows {
     int64_t query_token, query_head;
     const void* key; // [S, D], rows D apart
     const void* value;
-    int64_t heads, head_dim, positions;
+    int64_t heads, head_dim;
+    int64_t seen; // positions that query 0 sees; each next one sees one more
     int32_t dtype;
     float scale;
 };
@@ -70,10 +71,11 @@ struct Kernels {
     void (*from_float)(const float* in, int32_t dtype, int64_t count, void* out);
     void (*rms_norm)(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out);
     void (*silu_mul)(const void* gate, const void* up, int32_t dtype, int64_t size, void* out);
-    // Partial attention of one query token over positions first..last-1: out float [D][16], maxima and sums float [16].
-    void (*attend)(const AttentionRows& a, int64_t token, int64_t first, int64_t last, float* scratch, float* out,
-                   float* maxima, float* sums);
-    int64_t (*attend_scratch)(int64_t head_dim); // floats
+    // Partial attention of `tokens` query tokens from `token` on over positions first..last-1, of which each sees those
+    // up to its own. out, a token: sums of values float [D][16], then their maxima [16] and the sums of weights [16].
+    void (*attend)(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
+                   float* out);
+    int64_t (*attend_scratch)(int64_t head_dim, int64_t tokens); // floats
     // XOR of all bytes: the fastest way to read; `ahead` bytes of software prefetch, 0 for none.
     uint64_t (*read)(const uint8_t* memory, int64_t bytes, int64_t ahead);
 };

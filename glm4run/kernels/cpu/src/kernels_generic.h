@@ -508,7 +508,9 @@ void silu_mul(const void* gate, const void* up, int32_t dtype, int64_t size, voi
 
 constexpr int64_t ATTENTION_BLOCK = 32; // positions
 
-int64_t attend_scratch(int64_t head_dim) { return head_dim * LANES + ATTENTION_BLOCK * (head_dim + LANES); }
+int64_t attend_scratch(int64_t head_dim, int64_t tokens) {
+    return tokens * (head_dim + ATTENTION_BLOCK) * LANES + ATTENTION_BLOCK * head_dim;
+}
 
 template <int T>
 inline void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
@@ -519,55 +521,79 @@ inline void attend_values(const float* weights, const float* values, int64_t hea
     for (int t = 0; t < T; t++) Isa::store(out + (d + t) * LANES, sums[t]);
 }
 
-void attend(const AttentionRows& a, int64_t token, int64_t first, int64_t last, float* scratch, float* out,
-            float* maxima, float* sums) {
+// Scores of `count` positions, rows [count][D], for one token.
+inline void attend_scores(const float* query, const float* rows, int64_t head_dim, int64_t count, float* scores) {
     constexpr int T = Isa::FMA_TOKENS;
-    const int64_t D = a.head_dim, element = dtype_bytes(a.dtype);
-    float* query = scratch;                       // [D][16]
-    float* rows = query + D * LANES;              // [ATTENTION_BLOCK][D]
-    float* scores = rows + ATTENTION_BLOCK * D;   // [ATTENTION_BLOCK][16]
-    memset(query, 0, size_t(D * LANES * 4));
-    for (int64_t h = 0; h < a.heads; h++) {
-        const char* row = static_cast<const char*>(a.query) + (token * a.query_token + h * a.query_head) * element;
-        to_float(row, a.dtype, D, rows);
-        for (int64_t d = 0; d < D; d++) query[d * LANES + h] = rows[d] * a.scale;
+    int64_t i = 0;
+    for (; i + T <= count; i += T) {
+        Float dots[T];
+        for (int t = 0; t < T; t++) dots[t] = Isa::zero();
+        fma_tile<T>(query, rows + i * head_dim, head_dim, 1, head_dim, dots);
+        for (int t = 0; t < T; t++) Isa::store(scores + (i + t) * LANES, dots[t]);
     }
-    memset(out, 0, size_t(D * LANES * 4));
-    Float highest = Isa::set1(-3.0e38f), total = Isa::zero();
+    for (; i < count; i++) {
+        Float dots[1] = {Isa::zero()};
+        fma_tile<1>(query, rows + i * head_dim, head_dim, 1, head_dim, dots);
+        Isa::store(scores + i * LANES, dots[0]);
+    }
+}
+
+// Scores to weights under a maximum that may have grown, for which `out` is scaled down. Source: arXiv 1805.02867.
+inline void attend_softmax(float* scores, int64_t head_dim, int64_t count, float* out, float* maxima, float* sums) {
+    const Float highest = Isa::load(maxima);
+    Float block_highest = highest;
+    for (int64_t i = 0; i < count; i++) block_highest = Isa::max(block_highest, Isa::load(scores + i * LANES));
+    float shift[LANES], old[LANES];
+    Isa::store(shift, block_highest);
+    Isa::store(old, highest);
+    for (int l = 0; l < LANES; l++) old[l] = exp_of(old[l] - shift[l]);
+    for (int64_t i = 0; i < count * LANES; i++) scores[i] = exp_of(scores[i] - shift[i % LANES]);
+    const Float rescale = Isa::load(old);
+    Float total = Isa::mul(Isa::load(sums), rescale);
+    for (int64_t i = 0; i < count; i++) total = Isa::add(total, Isa::load(scores + i * LANES));
+    for (int64_t d = 0; d < head_dim; d++) Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
+    Isa::store(maxima, block_highest);
+    Isa::store(sums, total);
+}
+
+// Block by block of positions, which are made floats once for all tokens.
+void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
+            float* out) {
+    constexpr int T = Isa::FMA_TOKENS;
+    const int64_t D = a.head_dim, element = dtype_bytes(a.dtype), each = (D + 2) * LANES;
+    float* rows = scratch;                        // [ATTENTION_BLOCK][D]
+    float* queries = rows + ATTENTION_BLOCK * D;  // [tokens][D][16]
+    float* scores = queries + tokens * D * LANES; // [tokens][ATTENTION_BLOCK][16]
+    memset(queries, 0, size_t(tokens * D * LANES * 4));
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t h = 0; h < a.heads; h++) {
+            const int64_t at = (token + t) * a.query_token + h * a.query_head;
+            to_float(static_cast<const char*>(a.query) + at * element, a.dtype, D, rows);
+            for (int64_t d = 0; d < D; d++) queries[(t * D + d) * LANES + h] = rows[d] * a.scale;
+        }
+        memset(out + t * each, 0, size_t(each * 4));
+        Isa::store(out + t * each + D * LANES, Isa::set1(-3.0e38f));
+    }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
         const int64_t count = smaller(ATTENTION_BLOCK, last - s);
         to_float(static_cast<const char*>(a.key) + s * D * element, a.dtype, count * D, rows);
-        int64_t i = 0;
-        for (; i + T <= count; i += T) {
-            Float dots[T];
-            for (int t = 0; t < T; t++) dots[t] = Isa::zero();
-            fma_tile<T>(query, rows + i * D, D, 1, D, dots);
-            for (int t = 0; t < T; t++) Isa::store(scores + (i + t) * LANES, dots[t]);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t seen = smaller(count, a.seen + token + t - s);
+            if (seen <= 0) continue;
+            float *mine = scores + t * ATTENTION_BLOCK * LANES, *maxima = out + t * each + D * LANES;
+            attend_scores(queries + t * D * LANES, rows, D, seen, mine);
+            attend_softmax(mine, D, seen, out + t * each, maxima, maxima + LANES);
         }
-        for (; i < count; i++) {
-            Float dots[1] = {Isa::zero()};
-            fma_tile<1>(query, rows + i * D, D, 1, D, dots);
-            Isa::store(scores + i * LANES, dots[0]);
-        }
-        Float block_highest = highest;
-        for (i = 0; i < count; i++) block_highest = Isa::max(block_highest, Isa::load(scores + i * LANES));
-        float shift[LANES], old[LANES];
-        Isa::store(shift, block_highest);
-        Isa::store(old, highest);
-        for (int l = 0; l < LANES; l++) old[l] = exp_of(old[l] - shift[l]);
-        for (i = 0; i < count * LANES; i++) scores[i] = exp_of(scores[i] - shift[i % LANES]);
-        const Float rescale = Isa::load(old);
-        total = Isa::mul(total, rescale);
-        for (i = 0; i < count; i++) total = Isa::add(total, Isa::load(scores + i * LANES));
-        for (int64_t d = 0; d < D; d++) Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
-        highest = block_highest;
         to_float(static_cast<const char*>(a.value) + s * D * element, a.dtype, count * D, rows);
-        int64_t d = 0;
-        for (; d + T <= D; d += T) attend_values<T>(scores, rows, D, count, d, out);
-        for (; d < D; d++) attend_values<1>(scores, rows, D, count, d, out);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t seen = smaller(count, a.seen + token + t - s);
+            if (seen <= 0) continue;
+            const float* mine = scores + t * ATTENTION_BLOCK * LANES;
+            int64_t d = 0;
+            for (; d + T <= D; d += T) attend_values<T>(mine, rows, D, seen, d, out + t * each);
+            for (; d < D; d++) attend_values<1>(mine, rows, D, seen, d, out + t * each);
+        }
     }
-    Isa::store(maxima, highest);
-    Isa::store(sums, total);
 }
 
 uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
