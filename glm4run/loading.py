@@ -21,7 +21,7 @@ from glm4run.machine import default_threads
 from glm4run.memory import MemoryPlan, Run
 from glm4run.memory.heap import kept_block_bytes, return_large_blocks
 from glm4run.model import Glm4Model
-from glm4run.ops import choose_ops
+from glm4run.ops import NativeOps, Ops, choose_ops
 from glm4run.quant_config import QuantScheme, on_load_scheme
 from glm4run.tensor_loading import Progress, TensorLoader
 
@@ -135,10 +135,11 @@ def load_weights(
     }
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
-        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes)
+        ops = choose_ops(backend)
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
-            model = Glm4Model(config, dtype=compute, ops=choose_ops(backend))
+            model = Glm4Model(config, dtype=compute, ops=ops)
         TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
@@ -232,6 +233,7 @@ def planned_run(
     device: torch.device,
     dtype: torch.dtype,
     held_bytes: int | None,
+    ops: Ops,
 ) -> Run:
     """What is about to be loaded and run, as `memory` plans it."""
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
@@ -254,7 +256,10 @@ def planned_run(
             is_open=True, calibration=memory.read_calibration(torch.cuda.get_device_name(device))
         )
     )
-    return Run(weights, weights.compute(config, dtype=dtype_name, device=device.type), overhead)
+    computes = weights.compute(
+        config, dtype=dtype_name, device=device.type, native_attention=on_cpu and isinstance(ops, NativeOps)
+    )
+    return Run(weights, computes, overhead)
 
 
 def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:

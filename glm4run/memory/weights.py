@@ -74,9 +74,11 @@ class Weights:
             most = max(most, loaded + item.read_bytes)
         return most
 
-    def compute(self, config: ModelConfig, *, dtype: str, device: str, batch: int = 1) -> Compute:
-        """How a forward with these weights computes."""
-        return Compute(config, dtype, device, self.kernels, self.embedding_element_bytes, batch)
+    def compute(
+        self, config: ModelConfig, *, dtype: str, device: str, batch: int = 1, native_attention: bool = False
+    ) -> Compute:
+        """How a forward with these weights computes. `native_attention`: in the native library, on a CPU."""
+        return Compute(config, dtype, device, self.kernels, self.embedding_element_bytes, batch, native_attention)
 
 
 def _class_of(name: str) -> str:

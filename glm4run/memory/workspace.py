@@ -30,6 +30,7 @@ class Compute:
     kernels: Mapping[str, tuple[Linear, Kernel]]  # of each of LINEAR_KINDS; q stands for qkv
     embedding_bytes: int = 2  # of one element, as stored
     batch: int = 1
+    native_attention: bool = False  # blocks of a thread's own, of less than a megabyte, in place of torch's matrices
 
     @property
     def dtype_bytes(self) -> int:
@@ -186,6 +187,9 @@ def _rope(ledger: _Ledger, compute: Compute, tokens: int) -> None:
 def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> None:
     """`attention.grouped_query_attention`; leaves `attended`. Scores grow with the context up to their bound."""
     config, element = compute.config, compute.dtype_bytes
+    if compute.native_attention and compute.batch == 1:
+        ledger.hold("attention", attended=tokens * config.num_attention_heads * config.head_dim * element)
+        return
     per_sequence = tokens // compute.batch
     row = 4 * config.num_attention_heads * context * compute.batch
     scores = max(row, min(max(MAX_SCORE_BYTES, row), row * per_sequence))

@@ -158,7 +158,8 @@ def make_run(
     """The run of a choice on the fullest of its GPUs. `draft`: the model that drafts tokens, if one does."""
     config = _share_of(subject.config, choice)
     weights = _weights(subject, config, choice, device=device, dtype=dtype, backend=backend)
-    compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch)
+    native = device == "cpu" and backend == "native"
+    compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch, native_attention=native)
     return Run(
         weights,
         compute,

@@ -171,7 +171,7 @@ def attention_case(
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @each_isa
 def test_attention(isa: str, heads: int, kv_heads: int, head_dim: int, no_torch: None) -> None:
-    shapes = [(t, s) for t, s in itertools.product((1, 2, 8), POSITIONS) if t <= s]
+    shapes = [(t, s) for t, s in itertools.product((1, 2, 8, 9, 33), POSITIONS) if t <= s]
     for (tokens, positions), dtype in itertools.product(shapes, DTYPES):
         query, key, value = attention_case(heads, kv_heads, head_dim, tokens, positions, dtype)
         with running(isa):
