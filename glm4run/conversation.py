@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from glm4run.chat_format import Message, ToolCall
+from glm4run.chat_format import ROLES, Message, ToolCall
 from glm4run.errors import UsageError
 
 MAIN = "main"
@@ -55,6 +55,8 @@ class Turn:
     @classmethod
     def from_record(cls, data: Record) -> Turn:
         """Raises KeyError, TypeError or ValueError for what `as_record` did not write."""
+        if not isinstance(data, dict) or data["role"] not in ROLES:
+            raise ValueError("not a turn")
         calls = tuple(ToolCall(name, arguments) for name, arguments in data.get("tool_calls", ()))
         return cls(
             int(data["number"]),
@@ -187,9 +189,10 @@ class Conversation:
         """An empty conversation. What was said before stays as a branch."""
         if self._undone:
             self._keep(self._undone[0])
-        if self.tip is not None:
-            self._keep(self.tip)
+        before = self.tip
         self._move(None)
+        if before is not None:
+            self._keep(before)
 
     def pin(self, question: int, *, pinned: bool) -> None:
         """Whether an exchange stays when the oldest are dropped."""

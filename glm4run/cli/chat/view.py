@@ -61,7 +61,8 @@ class Wrapper:
 
     def push(self, piece: Piece) -> None:
         """Writes what is over of a piece; the last word is held."""
-        self._hang = piece.hang
+        if piece.text != "\n":  # the last word of a line still hangs as its line does
+            self._hang = piece.hang
         if piece.is_fixed:
             self.flush()
             self._emit(piece.text, piece.style)
