@@ -1,5 +1,8 @@
-"""`glm4run chat` with a model that says what a script tells it to, in a process of its own: `python -m tests.chat_driver
-SCRIPT.json FOLDER ...`. The script: `answers` (one a generation), and seconds that a decoded token and a prefill take."""
+"""`glm4run chat` with a model that says what a script tells it to, in a process of its own.
+
+`python -m tests.chat_driver SCRIPT.json FOLDER ...`. The script has `answers`, one a generation, the seconds that a
+decoded token and a chunk of a prompt take (`token_s`, `prefill_s`), and the `chunk`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.scripted import ScriptedModel, with_script
 
 
 class Talker(ScriptedModel):
-    """Begins the next answer with each prefill; writes the tokens it is fed into the cache, so that a saved one shows."""
+    """Begins the next answer with each prefill."""
 
     def __init__(self, answers: list[list[int]], token_s: float, prefill_s: float) -> None:
         super().__init__()
@@ -33,10 +36,6 @@ class Talker(ScriptedModel):
             self.script = list(self.answers[0])
         else:
             time.sleep(self.token_s)
-        rows = slice(cache.position, cache.position + len(ids))
-        for layer in range(len(cache.keys)):
-            cache.keys[layer][:, rows] = ids[:, None].to(cache.keys[layer].dtype)
-            cache.values[layer][:, rows] = 0
         return super().hidden_states(ids, cache)
 
     def __call__(self, ids: Tensor, cache: KVCache | None = None, *, logits: Any = "last") -> Tensor:

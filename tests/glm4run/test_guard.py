@@ -116,7 +116,7 @@ def test_a_fault_that_passes_is_computed_again(tiny: LoadedModel) -> None:
 
 def test_a_fault_that_stays_is_diagnosed(tiny: LoadedModel, tmp_path: Path) -> None:
     broken = loaded_model(tmp_path)
-    broken.model.model.layers[1].self_attn.k_proj.weight.data[3] = float("nan")  # type: ignore[union-attr,index]
+    broken.model.get_parameter("model.layers.1.self_attn.k_proj.weight").data[3] = float("nan")
     with pytest.raises(GenerationError, match=r"not finite.*first key or value.* in layer 1, token 0 of \d"):
         list(broken.stream(HELLO, SamplingParams()))
     broken = loaded_model(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,6 @@ def test_caches_of_old_unnamed_sessions_go_their_texts_and_named_ones_stay(
 
 
 def test_new_names_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_files.time, "strftime", lambda _: "2026-01-01-000000")
+    monkeypatch.setattr(time, "strftime", lambda _: "2026-01-01-000000")
     talk(new_name(), "hello")
     assert new_name() == "2026-01-01-000000-2"

@@ -122,7 +122,8 @@ def _stream(chat: Chat, start: Start) -> _Outcome | None:
     thoughts.end()
     if not outcome.calls:
         view.show(hold.rest())
-    view.end()
+    if view.has_shown or not outcome.calls:  # a call alone is no text
+        view.end()
     if error is not None:
         say_error(error.message, error.hint)
     if chat.session.conversation.is_unanswered:

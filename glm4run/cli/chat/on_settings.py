@@ -43,7 +43,8 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 
 def parse_setting(name: str, text: str) -> tuple[str, Any]:
     """The parameter that a user means, and its value. Raises UsageError."""
-    name = RENAMED.get(name, name).replace("-", "_")
+    name = name.replace("-", "_")
+    name = RENAMED.get(name, name)
     if name not in _PARSERS:
         raise UsageError(f"there is no setting {name!r}", hint=f"one of: {', '.join([*_PARSERS, 'overflow'])}")
     try:

@@ -135,8 +135,8 @@ def _compare(session: Session, saved: Saved) -> None:
         session.reencode()
     name = saved.values.get("model", "another model")
     warn(
-        f"the saved cache is of {name}, whose {', '.join(parts)} differ from {session.model.name}'s: "
-        "it is not used. The text is kept, and is read again with the next message"
+        f"the saved cache of {name} is not used: {session.model.name} differs from it in {', '.join(parts)}. "
+        "The text is kept, and is read again with the next message"
     )
 
 

@@ -134,11 +134,13 @@ class AnswerView:
         self._markdown = None if is_raw or is_plain(sys.stdout) else MarkdownStream()
         self._wrapper = Wrapper(write_text, lambda: terminal_width(sys.stdout))
         self._ends_line = True
+        self.has_shown = False
 
     def show(self, text: str) -> None:
         """More of the answer."""
         if not text:
             return
+        self.has_shown = True
         safe = inert(text) if self._is_terminal else text
         if self._markdown is None:
             write_text(safe)

@@ -1,4 +1,4 @@
-"""The chat in a real terminal: editing, paste, small and changing windows, Ctrl-C and Ctrl-D, dumb and colourless ones."""
+"""The chat in a real terminal: editing, paste, small and changing windows, Ctrl-C and Ctrl-D, dumb ones."""
 
 from __future__ import annotations
 
