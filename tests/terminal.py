@@ -16,7 +16,7 @@ import pexpect
 import pyte
 
 REPO = Path(__file__).resolve().parents[1]
-PATIENCE_S = 20  # a loaded machine may stop everything for a while; nothing waits this long when it works
+PATIENCE_S = 120  # a loaded machine may stop everything for a while; nothing waits this long when it works
 PASTE_START, PASTE_END = "\x1b[200~", "\x1b[201~"
 CTRL_C, CTRL_D, BACKSPACE, ENTER, ALT_ENTER = "\x03", "\x04", "\x7f", "\r", "\x1b\r"
 
