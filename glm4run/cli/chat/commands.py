@@ -101,6 +101,7 @@ def handle(chat: Chat, text: str) -> None:
     Raises:
         ChatEnded: the user wants to go.
     """
+    text = text.rstrip()
     if not text.strip():
         if chat.attached:
             note("write what to do with the attached file")

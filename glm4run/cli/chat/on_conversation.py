@@ -76,7 +76,7 @@ def edit(chat: Chat, argument: str) -> None:
         if not chat.reader.is_interactive:
             raise UsageError("/edit opens an editor, and this is no terminal", hint="give the new text: /edit TEXT")
         text = edit_text(before)
-    if not text.strip() or text == before:
+    if not text.strip() or text.rstrip() == before.rstrip():
         note("the message is as it was")
         return
 

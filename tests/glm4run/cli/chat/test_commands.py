@@ -20,7 +20,9 @@ from glm4run.cli import main
 from glm4run.cli.chat import name_resumed
 from glm4run.cli.chat.commands import COMMANDS
 from glm4run.cli.chat.completion import complete, file_names
+from glm4run.cli.chat.prompt import edit_text
 from glm4run.cli.chat.tool_calls import CallHold
+from glm4run.errors import UsageError
 from tests.builders import edit_tensors, write_checkpoint
 from tests.conftest import REPO
 
@@ -189,6 +191,32 @@ def test_bandwidth_that_bench_measured_is_in_the_status_line(chat: Run) -> None:
     assert "of bandwidth" not in chat("hello\n").err
     remember_bandwidth(Bandwidth(10.0, 1, 0))
     assert re.search(r"tok/s, \d+% of bandwidth, context", chat("hello\n").err)
+
+
+def test_a_backslash_joins_lines_and_two_slashes_are_one(chat: Run) -> None:
+    result = chat("one \\\ntwo\n//help\n/prompt\n")
+    assert "<|user|>\none \ntwo<|assistant|>" in result.err
+    assert "<|user|>\n/help<|assistant|>" in result.err
+
+
+def test_the_editor_gives_back_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = tmp_path / "my editor"
+    editor.write_text('#!/bin/sh\nsed -i s/old/new/ "$1"\n')
+    editor.chmod(0o700)
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.setenv("EDITOR", f"'{editor}'")
+    assert edit_text("the old 词\nand more") == "the new 词\nand more"
+    monkeypatch.setenv("EDITOR", "false")
+    with pytest.raises(UsageError, match="ended with code 1; the message stays"):
+        edit_text("x")
+    monkeypatch.setenv("VISUAL", str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="cannot be started"):
+        edit_text("x")
+    monkeypatch.delenv("VISUAL")
+    monkeypatch.delenv("EDITOR")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="no editor was found"):
+        edit_text("x")
 
 
 # --- sessions

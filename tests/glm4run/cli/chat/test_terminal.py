@@ -49,7 +49,7 @@ def start(folder: Path, tmp_path: Path) -> Start:
 
 def test_editing_keys_paste_and_leaving(start: Start) -> None:
     """One process for all of them, as each start costs seconds."""
-    with start(["fine", "good"]) as terminal:
+    with start(["fine", "good"], environment={"VISUAL": "true"}) as terminal:
         # A Chinese character, taken back whole.
         terminal.type(f"/tokens a你{BACKSPACE}b{ENTER}")
         terminal.wait_for("2 tokens, 2 characters")
@@ -77,6 +77,15 @@ def test_editing_keys_paste_and_leaving(start: Start) -> None:
         # Tab, and history.
         terminal.type(f"/bra\tma\t{ENTER}")
         terminal.wait_for("now on branch main")
+        terminal.wait_for_prompt()
+        # The clipboard is the terminal's.
+        terminal.type(f"/copy{ENTER}")
+        terminal.wait_for("clipboard")
+        terminal.wait_for_prompt()
+        assert b"\x1b]52;c;Z29vZA==\x07" in terminal.raw  # "good"
+        # The editor: `/edit` asks what it leaves.
+        terminal.type(f"/edit{ENTER}")
+        terminal.wait_for("the message is as it was")
         terminal.wait_for_prompt()
         # Ctrl-C at the prompt drops the line and stays; Ctrl-D leaves.
         terminal.type("half a line" + CTRL_C)
