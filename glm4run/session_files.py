@@ -6,6 +6,7 @@ records; must not know a terminal. One process at a time holds a session.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -79,47 +80,55 @@ def new_name() -> str:
     return name
 
 
+def _folders() -> list[tuple[float, Path]]:
+    """When each session was changed, and its folder; the last one first. Reads no journal."""
+    root = sessions_folder()
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        with contextlib.suppress(OSError):  # no session, or one that another process is just moving
+            found.append(((folder / JOURNAL_NAME).stat().st_mtime, folder))
+    return sorted(found, reverse=True)
+
+
 def latest() -> str:
     """The session that was changed last. Raises UsageError where there is none."""
-    found = list_sessions()
+    found = _folders()
     if not found:
         raise UsageError("there is no saved session", hint=f"they are kept under {sessions_folder()}")
-    return found[0].name
+    return found[0][1].name
 
 
 def list_sessions() -> list[Summary]:
     """Every session with at least one message, the last one first. Unreadable ones are left out."""
-    root = sessions_folder()
     found = []
-    for folder in root.iterdir() if root.is_dir() else ():
+    for changed, folder in _folders():
         try:
             saved = read_journal(folder)
-            changed = (folder / JOURNAL_NAME).stat().st_mtime
-        except (OSError, CheckpointError):
+        except CheckpointError:
             continue
-        path = saved.conversation.path()
-        if not saved.conversation.turns:
-            continue
-        words = next((turn.message.content for turn in path if turn.message.role == "user"), "")
-        model = str(saved.values.get("model", "?"))
-        found.append(Summary(folder.name, folder, changed, model, len(path), words, _cache_bytes(folder)))
-    return sorted(found, key=lambda summary: summary.changed, reverse=True)
+        if saved.conversation.turns:
+            path = saved.conversation.path()
+            words = next((turn.message.content for turn in path if turn.message.role == "user"), "")
+            model = str(saved.values.get("model", "?"))
+            found.append(Summary(folder.name, folder, changed, model, len(path), words, _cache_bytes(folder)))
+    return found
 
 
 def _cache_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / KV_NAME).glob("*.safetensors"))
 
 
-def prune_unnamed(keep: str | None = None) -> list[str]:
+def prune_unnamed() -> list[str]:
     """Removes the cache (never the text) of the oldest unnamed sessions beyond a bound; returns their names."""
     total, pruned = 0, []
-    for summary in list_sessions():
-        if not _UNNAMED.fullmatch(summary.name) or summary.name == keep:
+    for _, folder in _folders():
+        if not _UNNAMED.fullmatch(folder.name):
             continue
-        total += summary.cache_bytes
-        if total > UNNAMED_CACHE_BYTES and summary.cache_bytes:
-            shutil.rmtree(summary.folder / KV_NAME, ignore_errors=True)
-            pruned.append(summary.name)
+        nbytes = _cache_bytes(folder)
+        total += nbytes
+        if total > UNNAMED_CACHE_BYTES and nbytes:
+            shutil.rmtree(folder / KV_NAME, ignore_errors=True)
+            pruned.append(folder.name)
     return pruned
 
 

@@ -28,21 +28,19 @@ class Talker(ScriptedModel):
     def __init__(self, answers: list[list[int]], token_s: float, prefill_s: float) -> None:
         super().__init__()
         self.answers, self.token_s, self.prefill_s = answers, token_s, prefill_s
+        self.has_begun = True
 
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         assert cache is not None
         if len(ids) > 1:
             time.sleep(self.prefill_s)
-            self.script = list(self.answers[0])
+            self.script, self.has_begun = list(self.answers[0]), False
         else:
             time.sleep(self.token_s)
+            if not self.has_begun and len(self.answers) > 1:  # not with its prefill: that may only be a probe
+                self.answers.pop(0)
+            self.has_begun = True
         return super().hidden_states(ids, cache)
-
-    def __call__(self, ids: Tensor, cache: KVCache | None = None, *, logits: Any = "last") -> Tensor:
-        out = super().__call__(ids, cache)
-        if len(ids) > 1 and len(self.answers) > 1:
-            self.answers.pop(0)
-        return out
 
 
 def scripted(real: Callable[..., generate.LoadedModel], script: dict[str, Any]) -> Callable[..., generate.LoadedModel]:

@@ -75,8 +75,8 @@ def show_answer(chat: Chat, start: Start) -> None:
         outcome = _stream(chat, start)
         if outcome is None:
             return
-        _status(chat, outcome)
         if outcome.reason != "tool_calls":
+            _status(chat, outcome)
             return
         results = run_calls(chat, outcome.calls)
         if results is None:

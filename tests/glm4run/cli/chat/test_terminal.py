@@ -186,3 +186,23 @@ def test_no_color_shows_markdown_as_it_is(start: Start) -> None:
         terminal.wait_for(STATUS)
         terminal.wait_for_prompt()
         assert not re.search(rb"\x1b\[[0-9;]*[34][0-7]m", terminal.raw)
+
+
+def test_tools_run_when_the_user_says_so(start: Start) -> None:
+    answers = ['list_files\n{"folder": "."}', "there they are", 'list_files\n{"folder": ".."}', "then not"]
+    with start(answers, "--tools", "examples") as terminal:
+        terminal.type(f"which files?{ENTER}")
+        terminal.wait_for(r'list_files\(folder="\."\)')
+        terminal.wait_for("run it")
+        terminal.type(f"y{ENTER}")
+        terminal.wait_for("CHANGELOG.md")
+        terminal.wait_for("there they are")
+        terminal.wait_for_prompt()
+        terminal.type(f"and above?{ENTER}")
+        terminal.wait_for("run it")
+        terminal.type(ENTER)
+        terminal.wait_for("not run; the model is told so")
+        terminal.wait_for("then not")
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_D)
+        assert terminal.end() == 0
