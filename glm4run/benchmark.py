@@ -6,11 +6,15 @@ The bandwidth is measured in the same run: on a shared machine a figure of anoth
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,7 @@ from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
 from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layers import QuantizedLinear
-from glm4run.machine import default_threads
+from glm4run.machine import cpu_name, default_threads
 from glm4run.memory import available_ram_bytes
 from glm4run.steps import Context
 
@@ -115,6 +119,31 @@ def measure_read_bandwidth() -> Bandwidth:
     """The read bandwidth of this machine, in decimal GB/s."""
     with ReadProbe() as probe:
         return probe.best()
+
+
+def bandwidth_file() -> Path:
+    """Where the read bandwidth of this machine is kept once it has been measured (XDG)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "glm4run" / "bandwidth.json"
+
+
+def remember_bandwidth(bandwidth: Bandwidth) -> None:
+    """Keeps a measurement for the status line of `chat`. Where nothing can be written, nothing is kept."""
+    path = bandwidth_file()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps({cpu_name(): bandwidth.best_gb_per_s}), encoding="utf-8")
+        beside.rename(path)
+
+
+def remembered_bandwidth() -> float | None:
+    """The read bandwidth in GB/s that `bench` last measured on this processor; None where it never did."""
+    try:
+        found = json.loads(bandwidth_file().read_text(encoding="utf-8"))[cpu_name()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(found) if isinstance(found, int | float) and found > 0 else None
 
 
 def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:

@@ -18,7 +18,8 @@ from glm4run.cards import FAMILY_STOP_TOKENS, Card
 from glm4run.chat_format import AnswerCleaner, Message, encode_chat
 from glm4run.config import ModelConfig
 from glm4run.dialects import Dialect
-from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.errors import DoesNotFitError, GenerationError, UsageError
+from glm4run.guard import DeadTokens, after_a_loop, diagnose, first_nonfinite
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
@@ -27,8 +28,8 @@ from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
-from glm4run.steps import Context, FinishReason, GenerationStep, TextStream, Timings
-from glm4run.stopping import is_looping
+from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
+from glm4run.stopping import find_loop
 from glm4run.tensor_loading import Progress
 from glm4run.tokenizer import Tokenizer, load_tokenizer
 from glm4run.tool_calls import tool_names
@@ -39,6 +40,7 @@ class LoadedModel:
     """A model with its tokenizer, ready to be asked. Made by `load_model`."""
 
     name: str
+    folder: Path
     model: Glm4Model
     tokenizer: Tokenizer
     config: ModelConfig
@@ -62,6 +64,13 @@ class LoadedModel:
         text = set(self.tokenizer.usable_ids()) - self.tokenizer.special_ids
         mask[[i for i in text if i < self.config.vocab_size]] = True
         return mask
+
+    @cached_property
+    def dead_ids(self) -> Tensor:
+        """bool [V]: the ids that have no token, which a whole model never likes best."""
+        dead = torch.ones(self.config.vocab_size, dtype=torch.bool)
+        dead[[i for i in self.tokenizer.usable_ids() if i < self.config.vocab_size]] = False
+        return dead
 
     def new_context(self) -> Context:
         """An empty conversation of the planned length."""
@@ -150,6 +159,22 @@ class LoadedModel:
         run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
         return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill)
 
+    def prefill(
+        self,
+        ids: Sequence[int],
+        context: Context,
+        *,
+        timings: Timings | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Feeds what `context` does not hold of `ids` yet, a chunk at a time. What is fed stays, whatever ends it.
+
+        Raises:
+            DoesNotFitError: more ids than the context holds. Before any computation.
+        """
+        self.check_prompt(ids)
+        _Generation(self, SamplingParams(), context, timings or Timings()).prefill(list(ids), on_prefill)
+
     def check_prompt(self, ids: Sequence[int], *, name: str = "the prompt") -> None:
         """Raises UsageError for no ids or wrong ones, DoesNotFitError for too many; `name` is what they are called."""
         if not ids:
@@ -179,6 +204,7 @@ class _Generation:
 
     def __init__(self, owner: LoadedModel, params: SamplingParams, context: Context, timings: Timings) -> None:
         self.owner, self.params, self.context, self.timings = owner, params, context, timings
+        self.has_recovered = False
 
     def steps(
         self,
@@ -189,13 +215,20 @@ class _Generation:
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[GenerationStep]:
         owner = self.owner
-        thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
-        text = TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
-        sampler = Sampler(self.params, self._allowed(calls=bool(declared)))
-        logits = self._prefill(prompt, on_prefill)
+        text = self._new_text(chat=chat)
+        allowed = self._allowed(calls=bool(declared))
+        sampler = Sampler(self.params, allowed)
+        dead = DeadTokens(owner.dead_ids)
+        logits = self.prefill(prompt, on_prefill)
         generated: list[int] = []
         while True:
-            token = sampler.sample(logits, self.context.ids)
+            try:
+                token = sampler.sample(logits, self.context.ids)
+            except GenerationError:
+                logits = self._compute_again(len(generated))
+                token = sampler.sample(logits, self.context.ids)
+                yield GenerationStep("", rollback=Rollback(0, text.shown, text.thought, "the output was not finite"))
+            dead.watch(logits)
             if token in owner.stop_ids:
                 yield text.finish("stop", declared, stopped_by=owner.tokenizer.special_name(token) or str(token))
                 return
@@ -206,10 +239,64 @@ class _Generation:
                 yield GenerationStep("", finish_reason="stop", stopped_by=step.stopped_by)
                 return
             reason = self._limit(generated)
+            if reason == "repetition" and self.params.recover and not self.has_recovered:
+                text = self._new_text(chat=chat)
+                rollback, logits = self._take_back_loop(generated, len(prompt), text)
+                sampler = Sampler(after_a_loop(self.params), allowed)
+                yield GenerationStep("", rollback=rollback)
+                continue
             if reason is not None:
                 yield text.finish(reason, declared)
                 return
             logits = self._decode(token)
+
+    def _new_text(self, *, chat: bool) -> TextStream:
+        owner = self.owner
+        thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
+        return TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
+
+    def _take_back_loop(self, generated: list[int], start: int, text: TextStream) -> tuple[Rollback, Tensor]:
+        """Shortens `generated` (behind `start` tokens of prompt) and the cache to the loop's first round.
+
+        `text` is fresh and gets what is kept. Returns the logits behind it, without the token that went round.
+        """
+        loop = find_loop(generated)
+        assert loop is not None
+        kept = loop.start + loop.period
+        again, taken = generated[kept], len(generated) - kept
+        del generated[kept:]
+        for token in generated:
+            text.push(token)
+        self._forget_from(start + kept - 1)
+        logits = self._decode(generated[-1]).clone()
+        logits[again] = float("-inf")
+        self.has_recovered = True
+        why = f"it went round in a loop of {loop.period} token{'s' if loop.period > 1 else ''}"
+        return Rollback(taken, text.shown, text.thought, why), logits
+
+    def _compute_again(self, generated: int) -> Tensor:
+        """Logits [V] of the last position, from the first position whose keys or values are not finite.
+
+        A fault that passes (memory, another thread) is cured so. One that stays is diagnosed.
+
+        Raises:
+            GenerationError: the logits are still not finite, or that was so before; with what is known about it.
+        """
+        cache, ids = self.context.cache, self.context.ids
+        found = first_nonfinite(cache)
+        if self.has_recovered:
+            raise diagnose(found, len(ids), generated)
+        self.has_recovered = True
+        wanted = list(ids)
+        self._forget_from(min(len(ids) - 1, len(ids) if found is None else found.position))
+        logits = self.prefill(wanted, None)
+        if not bool(torch.isfinite(logits).all()):
+            raise diagnose(first_nonfinite(cache) or found, len(wanted), generated)
+        return logits
+
+    def _forget_from(self, position: int) -> None:
+        self.context.cache.truncate(position)
+        del self.context.ids[position:]
 
     def _allowed(self, *, calls: bool) -> Tensor:
         """The ids that may come: every real token; of the control tokens only the stops, and between calls the role."""
@@ -227,12 +314,12 @@ class _Generation:
             return "max_tokens"
         if self.context.cache.position >= self.context.cache.capacity:
             return "context_full"
-        if self.params.stop_on_repetition and is_looping(generated):
+        if self.params.stop_on_repetition and find_loop(generated) is not None:
             return "repetition"
         return None
 
     @torch.inference_mode()
-    def _prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
+    def prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
         """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V]."""
         new = self.context.reuse(prompt)
         started = time.perf_counter()
@@ -326,6 +413,7 @@ def _assemble(folder: Path, weights: LoadedWeights, tokenizer: Tokenizer, starte
     first = next(weights.model.parameters())
     return LoadedModel(
         name=folder.resolve().name,
+        folder=folder.resolve(),
         model=weights.model,
         tokenizer=tokenizer,
         config=config,

@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
+        if arguments[:1] == ["chat"]:
+            from glm4run.cli.chat import name_resumed
+
+            arguments = name_resumed(arguments)
         result = app(args=arguments, prog_name="glm4run", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except Glm4RunError as error:

@@ -87,11 +87,12 @@ class _Reading:
     def start(self) -> None:
         if self.probe is not None:
             return
-        from glm4run.benchmark import ReadProbe
+        from glm4run.benchmark import ReadProbe, remember_bandwidth
 
         self.probe = ReadProbe()
         with stderr_console().status("measuring the read bandwidth"):
             self.bandwidth = self.probe.best()
+        remember_bandwidth(self.bandwidth)
         threads = f"{self.bandwidth.threads} thread{'s' if self.bandwidth.threads > 1 else ''}"
         note(f"read bandwidth: {self.bandwidth.best_gb_per_s:.1f} GB/s with {threads}")
 

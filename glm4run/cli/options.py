@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -164,6 +164,21 @@ def sampling_params(
     """The model's own defaults with what the user set."""
     from dataclasses import replace
 
+    given = given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
+    return replace(loaded.default_params(), **given)
+
+
+def given_sampling(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> dict[str, Any]:
+    """The fields of `SamplingParams` that the user set, by name."""
     given = {
         "max_new_tokens": max_tokens,
         "temperature": temperature,
@@ -174,5 +189,4 @@ def sampling_params(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    chosen = {key: value for key, value in given.items() if value is not None}
-    return replace(loaded.default_params(), **chosen)  # type: ignore[arg-type]  # the fields' own types, by name
+    return {key: value for key, value in given.items() if value is not None}

@@ -464,7 +464,7 @@ def test_chat_answers_each_line(run: Run) -> None:
 def test_chat_commands(run: Run) -> None:
     result = chat(run, "/help\n\n/what\nhello\n/clear\n//hello\n/exit\nnot read\n")
     assert result.code == 0
-    assert "/clear  forget the conversation" in result.err
+    assert "/clear  start anew" in result.err
     assert "unknown command /what" in result.err
     assert "the conversation is forgotten" in result.err
     used = [int(n) for n in re.findall(r"context (\d+)/512", result.err)]
