@@ -10,18 +10,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from glm4run.generate import LoadedModel
+    from glm4run.tokenizer import Tokenizer
 
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file: a fine-tuned copy has the same header and other values
 Fingerprint = Mapping[str, str]
 
 
 def fingerprint(model: LoadedModel) -> dict[str, str]:
-    """By part: weights, tokenizer, quantization, rope, template, cache. Takes milliseconds whatever the size."""
+    """By part: weights, tokenizer, quantization, rope, template, cache. Reads samples, not the whole files."""
     config = model.config
     rope = (config.rope_theta, config.rope_scaling, config.partial_rotary_factor, config.head_dim)
     packed = None if config.quantization is None else asdict(config.quantization)
@@ -29,7 +31,7 @@ def fingerprint(model: LoadedModel) -> dict[str, str]:
         packed = {"backend": model.backend, "bytes": model.plan.weight_bytes}
     return {
         "weights": _digest(b"".join(map(_weight_file, sorted(model.folder.glob("*.safetensors"))))),
-        "tokenizer": _digest(model.tokenizer.to_json().encode()),
+        "tokenizer": _vocabulary(model.tokenizer),
         "quantization": _digest(json.dumps(packed, sort_keys=True, default=str).encode()),
         "rope": _digest(repr(rope).encode()),
         "template": "none" if model.dialect is None else model.dialect.name,
@@ -40,6 +42,16 @@ def fingerprint(model: LoadedModel) -> dict[str, str]:
 def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
     """The parts that are not the same."""
     return [part for part in {**ours, **theirs} if ours.get(part) != theirs.get(part)]
+
+
+@lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Tokenizer) -> str:
+    """Every id with its bytes or its control token's name: a third of a second for 151,343 of them, hence once a tokenizer."""
+    digest = hashlib.sha256()
+    for token in tokenizer.usable_ids():
+        name = tokenizer.special_name(token)
+        digest.update(f"{token} {name or ''} ".encode() + tokenizer.token_bytes(token) + b"\n")
+    return digest.hexdigest()[:32]
 
 
 def _weight_file(path: Path) -> bytes:
