@@ -46,7 +46,7 @@ def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
 
 @lru_cache(maxsize=4)
 def _vocabulary(tokenizer: Tokenizer) -> str:
-    """Every id with its bytes or its control token's name: a third of a second for 151,343 of them, hence once a tokenizer."""
+    """Every id with its bytes or its control token's name. 151,343 of them take a while, hence once a tokenizer."""
     digest = hashlib.sha256()
     for token in tokenizer.usable_ids():
         name = tokenizer.special_name(token)
