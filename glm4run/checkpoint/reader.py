@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,7 @@ class CheckpointReader:
         self.folder = folder
         self.sources: Mapping[str, Source] = sources
         self._files: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -91,10 +93,11 @@ class CheckpointReader:
         return out
 
     def _descriptor(self, path: Path) -> int:
-        file = self._files.get(path)
-        if file is None:
-            file = self._files[path] = path.open("rb", buffering=0)
-        return file.fileno()
+        with self._lock:  # one that loses a race to open would be closed under its reader
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = path.open("rb", buffering=0)
+            return file.fileno()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

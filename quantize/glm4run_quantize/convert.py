@@ -1,101 +1,164 @@
-"""A checkpoint in any layout to a packed folder: read rows, quantize, pack, write, row block by row block.
+"""A checkpoint in any layout to a packed folder: which recipe, which method, whether it fits; then the job itself.
 
-Peak memory is a few tens of megabytes above the libraries, whatever the size of the model or of its largest tensor.
+Without calibration, peak memory is a few tens of megabytes above the libraries, whatever the size of the model or of
+its largest tensor. A run that is killed goes on where it was when it is started again, to the same bytes.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glm4run import __version__
-from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
 from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.config import ModelConfig, parse_config, read_json
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
-from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes, scale_groups
-from glm4run.quant_config import QuantScheme
+from glm4run.tokenizer import load_tokenizer
+from glm4run_quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from glm4run_quantize.folder_files import hf_config, write_text_files
-from glm4run_quantize.methods.rtn import quantize_rtn
-from glm4run_quantize.recipes import Recipe, choose_recipe
-from glm4run_quantize.report import QuantizeReport, TensorReport
-from glm4run_quantize.writer import FolderWriter, TensorSpec, replacing_folder, write_json
+from glm4run_quantize.job import UNCALIBRATED, Job, Progress
+from glm4run_quantize.journal import Journal, remove_traces
+from glm4run_quantize.layerwise import CALIBRATED, Layerwise
+from glm4run_quantize.measured import Measure, measure
+from glm4run_quantize.recipes import Recipe, choose_recipe, load_recipe
+from glm4run_quantize.report import HeldOut, QuantizeReport
+from glm4run_quantize.sensitivity import fit_recipe
+from glm4run_quantize.writer import replacing_folder, write_json
 
 FORMAT_VERSION = 1
-METHODS = ("rtn",)
-BLOCK_BYTES = 4 << 20  # of source weights at once; temporaries take some fifteen times as much
+METHODS = (*UNCALIBRATED, *CALIBRATED)
 DISK_MARGIN_BYTES = 64 << 20
 
-Progress = Callable[[int, int], None]  # source bytes done, source bytes in all
+
+@dataclass(frozen=True)
+class Options:
+    """How to pack.
+
+    bits: 4 or 8. group_size: 32, 64 or 128 for every linear; None takes the default recipe of `bits`. method: one of
+    `METHODS`. head_bits: 8, 4, or 16 to keep lm_head dense. recipe: the name of a built-in recipe or a TOML file,
+    instead of bits, group size and head. target_bpw, target_gib: bits per weight of the layers' linears, or the size
+    of the whole file, that bits and group sizes are chosen for, tensor by tensor. calibration: a UTF-8 text instead of
+    the built-in one, of which `calibration_tokens` are used. device: where calibrated methods compute.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    method: str = "rtn"
+    head_bits: int = 8
+    recipe: str | None = None
+    target_bpw: float | None = None
+    target_gib: float | None = None
+    calibration: str | Path | None = None
+    calibration_tokens: int = DEFAULT_TOKENS
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Raises UsageError where options exclude each other or are out of range."""
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}", hint=f"one of: {', '.join(METHODS)}")
+        given = {"--recipe": self.recipe, "--target-bpw": self.target_bpw, "--target-gib": self.target_gib}
+        given |= {"--group-size": self.group_size}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise UsageError(f"{' and '.join(named)} exclude each other", hint="give one of them")
+        if self.calibration_tokens < 1024:
+            raise UsageError(f"{self.calibration_tokens} calibration tokens", hint="1024 at least")
+        if self.calibration is not None and not self.needs_calibration:
+            raise UsageError(
+                f"--calibration has no use for method {self.method!r}",
+                hint=f"choose --method {' or '.join(CALIBRATED)}, or a --target",
+            )
+
+    @property
+    def has_target(self) -> bool:
+        return self.target_bpw is not None or self.target_gib is not None
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method in CALIBRATED or self.has_target
+
+
+class _WorseThanRounding(Exception):  # noqa: N818 (no error: a verdict)
+    """A calibrated method lost against rounding to nearest on the held-out windows."""
+
+    def __init__(self, held_out: HeldOut) -> None:
+        super().__init__()
+        self.held_out = held_out
 
 
 def quantize_checkpoint(
     source: str | Path,
     output: str | Path,
     *,
-    bits: int = 4,
-    group_size: int | None = None,
-    method: str = "rtn",
-    head_bits: int = 8,
     overwrite: bool = False,
     progress: Progress | None = None,
+    report: Measure | None = None,
+    **options: Any,
 ) -> QuantizeReport:
     """Packs the checkpoint folder `source` into the folder `output`.
 
     Args:
-        bits: 4 or 8. group_size: 32, 64 or 128 for every linear; None takes the default recipe of `bits`.
-        method: "rtn". head_bits: 8, or 16 to keep lm_head dense. overwrite: replace `output` if it exists.
-        progress: called with source bytes done and in all.
+        overwrite: replace `output` if it exists. progress: called with source bytes done and in all.
+        report: measure the packed model against the source and keep the figures. options: those of `Options`.
 
     Raises:
         CheckpointError: the source is damaged, contradictory or packed already. DoesNotFitError: the disk is full.
         UsageError: an option does not fit the model or the format. `output` is then as it was before.
     """
-    source, output = Path(source), Path(output)
+    source, output, chosen = Path(source), Path(output), Options(**options)
+    chosen.check()
     started = time.monotonic()
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}", hint=f"one of: {', '.join(METHODS)}")
     raw = read_json(source / "config.json")
     config = parse_config(raw, where=str(source / "config.json"))
     if config.quantization is not None:
         raise CheckpointError(f"{source} is packed already", hint="quantize the unpacked model")
     _require_replaceable(output, source)
-    recipe, notices = choose_recipe(config, bits, group_size=group_size, head_bits=head_bits)
-    with CheckpointReader(source, config) as reader, replacing_folder(output, overwrite=overwrite) as working:
-        job = _Job(reader, config, recipe, progress)
-        job.require_disk(output.parent)
-        try:
-            with ThreadPoolExecutor(1) as hasher:
-                hashes = hasher.submit(hash_files, sorted({s.entry.file for s in reader.sources.values()}))
-                tensors = job.write(working, {"glm4run": __version__, "recipe": recipe.name, "method": method})
-                texts = write_text_files(source, working, hf_config(raw, config, recipe, job.model_dtype), config)
-                report = QuantizeReport(
+    calibration = None
+    if chosen.needs_calibration:
+        calibration = read_calibration(load_tokenizer(source), chosen.calibration, chosen.calibration_tokens)
+    with CheckpointReader(source, config) as reader:
+        recipe, notices = _choose_recipe(reader, config, chosen, calibration)
+        run = _Run(source, reader, config, raw, chosen, recipe, calibration, progress)
+        run.require_disk(output.parent)
+        with replacing_folder(output, overwrite=overwrite, fingerprint=run.fingerprint) as working:
+            try:
+                result = run.pack(working, report)
+                result = replace(
+                    result,
                     output=output,
-                    recipe=recipe.name,
-                    method=method,
-                    tensors=tensors,
-                    total_bytes=job.total_bytes,
                     seconds=time.monotonic() - started,
-                    notices=(*config.notices, *notices),
+                    notices=(*config.notices, *notices, *result.notices),
                 )
-                provenance = _provenance(source, hashes.result(), report) | texts
-            write_json(working / "glm4run.json", provenance)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise DoesNotFitError(
-                f"the disk of {output.parent} is full; nothing was written",
-                hint="free some space, or choose another -o",
-            ) from error
-    return report
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise DoesNotFitError(
+                    f"the disk of {output.parent} is full; nothing was written",
+                    hint="free some space, or choose another -o",
+                ) from error
+    return result
+
+
+def _choose_recipe(
+    reader: CheckpointReader, config: ModelConfig, options: Options, calibration: Calibration | None
+) -> tuple[Recipe, list[str]]:
+    if options.recipe is not None:
+        return load_recipe(options.recipe, config), []
+    if options.has_target:
+        assert calibration is not None
+        gib = options.target_gib
+        return fit_recipe(reader, config, calibration, bpw=options.target_bpw, gib=gib, head_bits=options.head_bits)
+    return choose_recipe(config, options.bits, group_size=options.group_size, head_bits=options.head_bits)
 
 
 def _require_replaceable(output: Path, source: Path) -> None:
@@ -108,101 +171,125 @@ def _require_replaceable(output: Path, source: Path) -> None:
         raise UsageError(f"{output} exists and is no model folder", hint="choose another -o")
 
 
-class _Job:
-    """The stream of tensors of one run."""
+class _Run:
+    """One folder to be written."""
 
     def __init__(
-        self, reader: CheckpointReader, config: ModelConfig, recipe: Recipe, progress: Progress | None
+        self,
+        source: Path,
+        reader: CheckpointReader,
+        config: ModelConfig,
+        raw: Mapping[str, Any],
+        options: Options,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        progress: Progress | None,
     ) -> None:
-        self.reader, self.config, self.progress = reader, config, progress
-        self.schemes = recipe.schemes(config)
-        self.shapes = linear_shapes(config)
-        self.specs = self._plan()
-        self.total_bytes = sum(spec.nbytes for spec in self.specs)
-        self.source_bytes = sum(s.nbytes for s in reader.sources.values())
-        self.done = 0
+        self.source, self.reader, self.config, self.raw = source, reader, config, raw
+        self.options, self.recipe, self.calibration = options, recipe, calibration
+        self.files = sorted({s.entry.file for s in reader.sources.values()})
+        schemes = recipe.schemes(config)
+        # What a calibrated method leaves to others (the head) gets the best that needs no calibration.
+        rounding = UNCALIBRATED[options.method if options.method in UNCALIBRATED else "mse"]
+        self.job = Job(reader, config, schemes, rounding, progress)
+        self.plain = Job(reader, config, schemes, UNCALIBRATED["rtn"], progress)
 
     @property
-    def model_dtype(self) -> str:
-        """The dtype of the source's own weights, in which scales and dense tensors are stored."""
-        return self.reader.sources["model.embed_tokens.weight"].entry.dtype
-
-    def _plan(self) -> list[TensorSpec]:
-        specs = []
-        for name in parameter_shapes(self.config):
-            source = self.reader.sources[name]
-            module = name.removesuffix(".weight")
-            if name.endswith(".weight") and module in self.schemes:
-                parts = packed_tensor_shapes(*self.shapes[module], self.schemes[module])
-                for suffix, (shape, dtypes) in parts.items():
-                    dtype = source.entry.dtype if suffix == SCALE else dtypes[0]
-                    specs.append(TensorSpec(f"{module}.{suffix}", dtype, shape))
-            else:
-                specs.append(TensorSpec(name, source.entry.dtype, source.shape))
-        return specs
+    def fingerprint(self) -> str:
+        """What has to be the same for an interrupted run to be gone on with."""
+        facts = {
+            "version": __version__,
+            "config": self.raw,
+            "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files],
+            "groups": self.recipe.config_groups(),
+            "ignore": self.recipe.ignore,
+            "method": self.options.method,
+            "device": self.options.device,
+            "threads": torch.get_num_threads() if self.options.method in CALIBRATED else 0,  # sums depend on it
+            "calibration": None if self.calibration is None else self.calibration.as_json(),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def require_disk(self, folder: Path) -> None:
         """Raises DoesNotFitError before anything is computed if the output cannot fit."""
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        needed = self.total_bytes + DISK_MARGIN_BYTES
+        needed = self.job.total_bytes + DISK_MARGIN_BYTES
+        if self.options.method in CALIBRATED and self.calibration is not None:
+            # Two states of the streams, of three streams at most, while one replaces the other.
+            needed += 2 * 3 * 4 * self.calibration.ids.numel() * self.config.hidden_size
         if free < needed:
             raise DoesNotFitError(
                 f"the packed model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on the disk of {folder}",
                 hint="free some space, or choose another -o",
             )
 
-    def write(self, folder: Path, metadata: dict[str, str]) -> list[TensorReport]:
-        """Writes every tensor; returns what packing cost each linear."""
-        reports = []
-        with FolderWriter(folder, self.specs, metadata) as writer:
-            for name in parameter_shapes(self.config):
-                module = name.removesuffix(".weight")
-                if name.endswith(".weight") and module in self.schemes:
-                    reports.append(self._write_packed(writer, module, self.schemes[module]))
-                else:
-                    self._copy(writer, name)
-        return reports
+    def pack(self, working: Path, wanted: Measure | None) -> QuantizeReport:
+        """Fills the folder `working`."""
+        with ThreadPoolExecutor(1) as hasher:
+            hashes = hasher.submit(hash_files, self.files)
+            result = self._write_tensors(working)
+            config_json = hf_config(self.raw, self.config, self.recipe, self.job.model_dtype)
+            texts = write_text_files(self.source, working, config_json, self.config)
+            if wanted is not None:
+                result = replace(result, measured=measure(working, self.source, wanted))
+            provenance = _provenance(self.source, hashes.result(), result) | texts
+        write_json(working / "glm4run.json", provenance)
+        return result
 
-    def _blocks(self, name: str) -> list[tuple[int, int]]:
-        shape = self.reader.sources[name].shape
-        row_bytes = self.reader.sources[name].nbytes // shape[0]
-        rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-        return [(first, min(first + rows, shape[0])) for first in range(0, shape[0], rows)]
+    def _write_tensors(self, working: Path) -> QuantizeReport:
+        journal = Journal(working, self.fingerprint)
+        method, notices = self.options.method, []
+        held_out = None
+        if method in CALIBRATED:
+            try:
+                tensors, held_out = self._calibrated(working, journal)
+            except _WorseThanRounding as verdict:
+                remove_traces(working)
+                for path in working.glob("*.safetensors*"):
+                    path.unlink()
+                held_out = verdict.held_out
+                tensors, _ = self.plain.write(
+                    working, self._metadata("rtn"), Journal(working, f"{self.fingerprint} rtn")
+                )
+                notices.append(
+                    f"{method} did worse than rounding to nearest on the held-out text (KL divergence "
+                    f"{held_out.kl_mean:.4g} against {held_out.kl_mean_rtn:.4g}): the folder holds rtn"
+                )
+                method = "rtn"
+        else:
+            tensors, _ = self.job.write(working, self._metadata(method), journal)
+        return QuantizeReport(
+            output=working,
+            recipe=self.recipe.name,
+            method=method,
+            tensors=tensors,
+            total_bytes=self.job.total_bytes,
+            seconds=0.0,
+            notices=tuple(notices),
+            held_out=held_out,
+        )
 
-    def _copy(self, writer: FolderWriter, name: str) -> None:
-        for first, last in self._blocks(name):
-            writer.add(name, self._read(name, first, last))
+    def _metadata(self, method: str) -> dict[str, str]:
+        return {"glm4run": __version__, "recipe": self.recipe.name, "method": method}
 
-    def _write_packed(self, writer: FolderWriter, module: str, scheme: QuantScheme) -> TensorReport:
-        name = f"{module}.weight"
-        out_features, in_features = self.shapes[module]
-        scale_dtype = TORCH_DTYPES[self.reader.sources[name].entry.dtype]
-        # Allocated once: small results kept between large temporaries would scatter the heap.
-        scales = torch.empty(out_features, num_groups(in_features, scheme), dtype=scale_dtype)
-        signal, noise = 0.0, 0.0
-        for first, last in self._blocks(name):
-            weight = self._read(name, first, last).float()
-            q, scale = quantize_rtn(weight, scheme, scale_dtype)
-            writer.add(f"{module}.{PACKED}", pack(q, scheme.bits))
-            scales[first:last] = scale
-            restored = scale_groups(q, scale)
-            signal += float(weight.square().sum(dtype=torch.float64))
-            noise += float((weight - restored).square_().sum(dtype=torch.float64))
-        writer.add(f"{module}.{SCALE}", scales)
-        writer.add(f"{module}.{SHAPE}", torch.tensor([out_features, in_features], dtype=torch.int64))
-        return TensorReport(module, scheme, out_features, in_features, signal, noise)
-
-    def _read(self, name: str, first: int, last: int) -> torch.Tensor:
-        tensor = self.reader.read_rows(name, first, last)
-        if not bool(torch.isfinite(tensor).all()):
-            file = self.reader.sources[name].entry.file.name
-            raise CheckpointError(f"{file}: {name} holds NaN or infinity", hint="the file is damaged: get it again")
-        self.done += tensor.numel() * tensor.element_size()
-        if self.progress is not None:
-            self.progress(self.done, self.source_bytes)
-        return tensor
+    def _calibrated(self, working: Path, journal: Journal) -> tuple[list[Any], HeldOut]:
+        assert self.calibration is not None
+        layerwise = Layerwise(
+            self.reader,
+            self.config,
+            self.recipe.schemes(self.config),
+            self.options.method,
+            self.calibration,
+            TORCH_DTYPES[self.job.model_dtype],
+            torch.device(self.options.device),
+        )
+        tensors, layers = self.job.write(working, self._metadata(self.options.method), journal, layerwise)
+        held_out = HeldOut(self.calibration.as_json(), tuple(layers), *layerwise.held_out_divergence())
+        if held_out.kl_mean > held_out.kl_mean_rtn:
+            raise _WorseThanRounding(held_out)
+        return tensors, held_out
 
 
 def hash_files(files: list[Path]) -> dict[str, str]:

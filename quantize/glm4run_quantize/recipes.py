@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
 
 from glm4run.checkpoint.layouts import linear_shapes
 from glm4run.config import ModelConfig
 from glm4run.errors import UsageError
 from glm4run.qformat import GROUP_SIZES
 from glm4run.quant_config import QuantScheme
+from glm4run_quantize import named_recipes
 
 HEAD = "lm_head"
 DEFAULT_GROUP_SIZE = 128
@@ -148,3 +153,95 @@ def _largest_dividing(in_features: int, wanted: int, kind: str) -> int:
         sizes = ", ".join(map(str, GROUP_SIZES))
         raise UsageError(f"{kind} has {in_features} input features, which none of {sizes} divides")
     return max(fitting)
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes that `--recipe` knows by name."""
+    return sorted(p.name.removesuffix(".toml") for p in files(named_recipes).iterdir() if p.name.endswith(".toml"))
+
+
+def load_recipe(name: str, config: ModelConfig) -> Recipe:
+    """A built-in recipe by its name, or one from a TOML file.
+
+    The file holds `[[rules]]`, of which the first whose `linears` (a shell pattern on module names, "*" is all)
+    matches a linear gives it its `bits` and `group_size`: one, or several of which the first that divides is taken;
+    and `ignore`, a list of patterns of linears that stay dense.
+
+    Raises:
+        UsageError: there is no such recipe, or it does not fit the format or the model.
+    """
+    if name in recipe_names():
+        raw = (files(named_recipes) / f"{name}.toml").read_bytes()
+        title = name
+    else:
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"no recipe {name!r}", hint=f"a TOML file, or one of: {', '.join(recipe_names())}")
+        raw, title = path.read_bytes(), path.stem
+    try:
+        data = tomllib.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"recipe {name} is not TOML: {error}") from error
+    unknown = sorted(data.keys() - {"rules", "ignore"})
+    if unknown or not isinstance(data.get("rules"), list) or not isinstance(data.get("ignore", []), list):
+        raise UsageError(f"recipe {name}: expected [[rules]] and ignore, got {', '.join(unknown) or 'no rules'}")
+    rules = [_toml_rule(rule, f"recipe {name}, rule {i + 1}") for i, rule in enumerate(data["rules"])]
+    dense = tuple(str(pattern) for pattern in data.get("ignore", []))
+    chosen: dict[str, QuantScheme] = {}
+    for module, (_, in_features) in linear_shapes(config).items():
+        if any(fnmatchcase(module, pattern) for pattern in dense):
+            continue
+        rule = next((rule for rule in rules if fnmatchcase(module, rule[0])), None)
+        if rule is None:
+            continue
+        _, bits, sizes = rule
+        size = next((g for g in sizes if in_features % g == 0), None)
+        if size is None:
+            raise UsageError(f"recipe {name}: none of {sizes} divides the {in_features} input features of {module}")
+        chosen[module] = QuantScheme(bits, size)
+    if not chosen:
+        raise UsageError(f"recipe {name} packs no linear of this model")
+    return recipe_of(title, chosen, config)
+
+
+def _toml_rule(rule: object, where: str) -> tuple[str, int, list[int]]:
+    if not isinstance(rule, dict) or rule.keys() != {"linears", "bits", "group_size"}:
+        raise UsageError(f"{where}: expected linears, bits and group_size")
+    sizes = rule["group_size"] if isinstance(rule["group_size"], list) else [rule["group_size"]]
+    if rule["bits"] not in (4, 8) or not sizes or any(size not in GROUP_SIZES for size in sizes):
+        raise UsageError(f"{where}: bits are 4 or 8, group sizes {', '.join(map(str, GROUP_SIZES))}")
+    return str(rule["linears"]), rule["bits"], sizes
+
+
+def recipe_of(name: str, schemes: Mapping[str, QuantScheme], config: ModelConfig) -> Recipe:
+    """The recipe that gives each linear just the scheme of `schemes`; those without one stay dense.
+
+    Linears of one scheme share a rule, so that a config stays readable.
+    """
+    for layer in range(config.num_hidden_layers):
+        fused = {schemes.get(f"model.layers.{layer}.self_attn.{part}_proj") for part in "qkv"}
+        if len(fused) > 1:
+            raise UsageError(f"q, k and v of layer {layer} have different schemes", hint="engines fuse the three")
+    inner = [scheme for module, scheme in schemes.items() if module != HEAD]
+    common = max(set(inner), key=lambda s: (inner.count(s), -s.bits)) if inner else None
+    rules: list[Rule] = []
+    if HEAD in schemes:
+        rules.append(Rule(HEAD, schemes[HEAD]))
+    by_kind: dict[tuple[str, QuantScheme], list[int]] = {}
+    for module, scheme in schemes.items():
+        if module != HEAD and scheme != common:
+            _, _, layer_text, kind = module.split(".", 3)
+            kind = re.sub(r"[qkv]_proj", "[qkv]_proj", kind)
+            layers = by_kind.setdefault((kind, scheme), [])
+            if int(layer_text) not in layers:
+                layers.append(int(layer_text))
+    for (kind, scheme), layers in by_kind.items():
+        every = len(layers) == config.num_hidden_layers
+        which = r"\d+" if every else f"({'|'.join(map(str, layers))})"
+        rules.append(Rule(rf"model\.layers\.{which}\.{kind.replace('.', chr(92) + '.')}", scheme))
+    if common is not None:
+        rules.append(Rule("Linear", common))
+    dense = tuple(module for module in linear_shapes(config) if module not in schemes)
+    # A tied head is no linear of its own, but engines see one.
+    ignore = dense if HEAD in schemes or HEAD in dense else (*dense, HEAD)
+    return Recipe(name, tuple(rules), ignore)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from glm4run.checkpoint.safetensors_index import DTYPE_BYTES, INDEX_NAME
 from glm4run.errors import UsageError
+from glm4run_quantize.journal import belongs_to, remove_traces
 
 MAX_SHARD_BYTES = 5_000_000_000  # as the hub's own tools split
 HEADER_ALIGNMENT = 8
@@ -44,18 +45,38 @@ class TensorSpec:
 
 
 class FolderWriter:
-    """Writes `specs`, in their order, into shards of `folder`. Use as a context manager; `add` in the same order."""
+    """Writes `specs`, in their order, into shards of `folder`. Use as a context manager; `add` in the same order.
 
-    def __init__(self, folder: Path, specs: list[TensorSpec], metadata: Mapping[str, str]) -> None:
+    With `done`, the first so many are in the folder already, and writing goes on behind them.
+    """
+
+    def __init__(self, folder: Path, specs: list[TensorSpec], metadata: Mapping[str, str], done: int = 0) -> None:
         self.folder = folder
         self.metadata = {"format": "pt", **metadata}
         self._shards = _split(specs)
-        self._weight_map: dict[str, str] = {}
         self._pending = [spec for shard in self._shards for spec in shard]
         self._left_in_shard = 0
         self._next_shard = 0
         self._left_in_tensor = 0
         self._file: BinaryIO | None = None
+        if done:
+            self._go_on_behind(done)
+
+    def _go_on_behind(self, done: int) -> None:
+        self._pending = self._pending[done:]
+        for number, shard in enumerate(self._shards):
+            if done < len(shard):
+                self._next_shard = number
+                if done:
+                    self._next_shard += 1
+                    self._left_in_shard = sum(spec.nbytes for spec in shard[done:])
+                    written = sum(spec.nbytes for spec in shard[:done])
+                    self._file = (self.folder / self._name(number)).open("r+b")
+                    self._file.truncate(len(self._header(shard)) + written)
+                    self._file.seek(0, os.SEEK_END)
+                return
+            done -= len(shard)
+        self._next_shard = len(self._shards)
 
     def __enter__(self) -> FolderWriter:
         return self
@@ -88,12 +109,17 @@ class FolderWriter:
         if self._left_in_shard == 0:
             self._close_shard()
 
-    def _open_next_shard(self) -> None:
-        specs = self._shards[self._next_shard]
-        self._next_shard += 1
+    def commit(self) -> None:
+        """Returns when all that was added is on disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _name(self, shard: int) -> str:
         count = len(self._shards)
-        name = f"model-{self._next_shard:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
-        self._weight_map |= {spec.name: name for spec in specs}
+        return f"model-{shard + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+
+    def _header(self, specs: list[TensorSpec]) -> bytes:
         header: dict[str, object] = {"__metadata__": self.metadata}
         end = 0
         for spec in specs:
@@ -102,9 +128,14 @@ class FolderWriter:
             end += spec.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % HEADER_ALIGNMENT)
-        self._file = (self.folder / name).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._left_in_shard = end
+        return len(text).to_bytes(8, "little") + text
+
+    def _open_next_shard(self) -> None:
+        specs = self._shards[self._next_shard]
+        self._file = (self.folder / self._name(self._next_shard)).open("wb")
+        self._file.write(self._header(specs))
+        self._left_in_shard = sum(spec.nbytes for spec in specs)
+        self._next_shard += 1
 
     def _close_shard(self) -> None:
         assert self._file is not None
@@ -116,7 +147,8 @@ class FolderWriter:
     def _write_index(self) -> None:
         if len(self._shards) > 1:
             total = sum(spec.nbytes for shard in self._shards for spec in shard)
-            index = {"metadata": {"total_size": total}, "weight_map": self._weight_map}
+            names = {spec.name: self._name(i) for i, shard in enumerate(self._shards) for spec in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": names}
             write_json(self.folder / INDEX_NAME, index)
 
 
@@ -141,26 +173,35 @@ def write_json(path: Path, data: object) -> None:
 
 
 @contextmanager
-def replacing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives an empty folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+def replacing_folder(target: Path, *, overwrite: bool, fingerprint: str | None = None) -> Iterator[Path]:
+    """Gives a folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    It is empty, unless a run of the same `fingerprint` was killed: then it is that run's, for a `Journal` to go on
+    with. With a fingerprint, an interruption by the user keeps it too.
 
     Raises:
         UsageError: `target` exists and `overwrite` is not set, or is no folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)  # first: it may bring back what must not be replaced unasked
+    kept = _remove_leftovers(target, fingerprint)  # first: it may bring back what must not be replaced unasked
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} exists and is no folder", hint="choose another output folder")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise UsageError(f"{target} exists already", hint="add --overwrite to replace it, or choose another -o")
     working = target.parent / f".{target.name}.partial-{os.getpid()}"
-    working.mkdir()
+    if kept is None:
+        working.mkdir()
+    elif kept != working:
+        kept.rename(working)
     try:
         yield working
+        remove_traces(working)
         _sync_folder(working)
         _swap(working, target)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt) and fingerprint is not None
+        if not interrupted or not belongs_to(working, fingerprint or ""):
+            shutil.rmtree(working, ignore_errors=True)
         raise
 
 
@@ -187,16 +228,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes the working folders of runs that were killed; one whose process lives is left alone."""
-    for path in list(target.parent.iterdir()):
+def _remove_leftovers(target: Path, fingerprint: str | None) -> Path | None:
+    """Removes the working folders of runs that were killed; one whose process lives is left alone.
+
+    One of this `fingerprint` is kept, and returned.
+    """
+    kept: Path | None = None
+    for path in sorted(target.parent.iterdir()):
         match = re.fullmatch(rf"\.{re.escape(target.name)}\.(partial|old)-(\d+)", path.name)
         if match is None or _is_alive(int(match[2])):
             continue
         if match[1] == "old" and not target.exists():
             path.rename(target)  # killed between the two renames: what the user had comes back
+        elif kept is None and match[1] == "partial" and fingerprint is not None and belongs_to(path, fingerprint):
+            kept = path
         else:
             shutil.rmtree(path, ignore_errors=True)
+    return kept
 
 
 def _is_alive(pid: int) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glm4run import load_model
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
-from glm4run_quantize import convert, quantize_checkpoint
+from glm4run_quantize import job, quantize_checkpoint
 from glm4run_quantize.writer import FolderWriter
 from tests.builders import (
     LAYOUTS,
@@ -113,7 +113,7 @@ def test_every_tensor_is_as_the_format_says(
 
 def test_blocks_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_packed(tmp_path / "whole", "chatglm")
-    monkeypatch.setattr(convert, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(job, "BLOCK_BYTES", 1000)
     blocks = write_packed(tmp_path / "blocks", "chatglm")
     assert (whole / "model.safetensors").read_bytes() == (blocks / "model.safetensors").read_bytes()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glm4run import load_model
@@ -49,6 +50,19 @@ def compare(folder: Path) -> None:
 def test_packed_folder_gives_the_same_logits_in_transformers(tmp_path: Path, layout: Layout, recipe: str) -> None:
     source = write_checkpoint(tmp_path / "source", layout)
     quantize_checkpoint(source, tmp_path / "packed", **RECIPES[recipe])
+    compare(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("method", ["mse", "hqq", "awq", "gptq"])
+def test_every_method_gives_the_same_logits_in_transformers(tmp_path: Path, method: str) -> None:
+    """Scales of either sign, folded norms and biases, config groups by layer: all of it is plain to other readers."""
+    source = write_checkpoint(tmp_path / "source", "glm4", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"method": method, "target_bpw": 5.5, "head_bits": 8, "calibration_tokens": 1024}
+    report = quantize_checkpoint(source, tmp_path / "packed", **options)
+    assert report.method == method
+    assert len({(t.scheme.bits, t.scheme.group_size) for t in report.tensors}) > 2
+    scales = [t for n, t in load_file(tmp_path / "packed" / "model.safetensors").items() if n.endswith("_scale")]
+    assert any(bool((scale < 0).any()) for scale in scales)
     compare(tmp_path / "packed")
 
 

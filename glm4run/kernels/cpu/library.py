@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -106,6 +106,10 @@ _SIGNATURES = {
     "g4_stack": (
         c_int32,
         (POINTER(G4Stack), c_void_p, c_int64, c_int64, c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+    ),
+    "g4_round_pack": (
+        c_int32,
+        (c_void_p, c_int32, c_int64, c_int64, c_int32, c_int64, c_void_p, c_void_p, POINTER(c_double)),
     ),
     "g4_rms_norm": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_float, c_void_p)),
     "g4_silu_mul": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p)),

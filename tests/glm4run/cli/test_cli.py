@@ -523,6 +523,48 @@ def test_quantize_options(run: Run, models: Path, tmp_path: Path) -> None:
     assert run("quantize", models / "unpacked", "-o", tmp_path / "new", "--method", "magic").code == 2
 
 
+def test_quantize_calibrates_and_reports(run: Run, models: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("hello the 你好, on the tin in hell. " * 500, encoding="utf-8")
+    words = ("--method", "gptq", "--group-size", "32", "--calibration", str(text), "--calibration-tokens", "1024")
+    out = tmp_path / "out"
+    result = run("quantize", models / "unpacked", "-o", out, *words, "--report", str(text), "--report-windows", "2")
+    assert result.code == 0
+    for part in ("lost most: model.layers", "held-out text: KL divergence", "KL divergence", "over 2 windows of 512"):
+        assert part in result.err
+    record = json.loads((out / "glm4run.json").read_text())
+    assert record["method"] == "gptq"
+    assert record["report"]["text"]["name"] == "text.txt"
+    assert 0 < record["report"]["kl_mean"] < 5
+    assert len(record["report"]["worst"]) == 5
+    assert "over 2 windows of 512 tokens of text.txt" in run("info", str(out)).out
+
+
+def test_quantize_recipes_and_targets(run: Run, models: Path, tmp_path: Path) -> None:
+    def bits(*words: str) -> dict[str, list[int]]:
+        result = run("quantize", models / "unpacked", "-o", tmp_path / "out", "--overwrite", *words)
+        assert result.code == 0, result.err
+        found: dict[str, list[int]] = {}
+        for tensor in json.loads((tmp_path / "out" / "glm4run.json").read_text())["tensors"]:
+            found.setdefault(tensor["name"].rpartition(".")[2], []).append(tensor["bits"])
+        return found
+
+    assert bits("--recipe", "int4-careful")["down_proj"] == [8, 8]
+    assert bits("--recipe", "int4-careful")["gate_up_proj"] == [4, 4]
+    (tmp_path / "mine.toml").write_text(
+        'ignore = ["lm_head", "model.layers.0.*"]\n[[rules]]\nlinears = "*"\nbits = 8\ngroup_size = [128, 32]\n'
+    )
+    assert bits("--recipe", str(tmp_path / "mine.toml")) == {
+        name: [8] for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+    }
+    assert {4, 8} <= {b for found in bits("--target-bpw", "5.8").values() for b in found}
+    for words in (("--recipe", "none"), ("--target-bpw", "2"), ("--recipe", "int4-g32", "--target-bpw", "5")):
+        assert run("quantize", models / "unpacked", "-o", tmp_path / "no", *words).code == 2
+    (tmp_path / "bad.toml").write_text("[[rules]]\nlinears = 'x'\nbits = 5\ngroup_size = 32\n")
+    assert run("quantize", models / "unpacked", "-o", tmp_path / "no", "--recipe", str(tmp_path / "bad.toml")).code == 2
+    assert not (tmp_path / "no").exists()
+
+
 def test_quantize_default_output_is_beside_the_source(run: Run, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "mine")
     assert run("quantize", source, "--bits", "8").code == 0

@@ -1,0 +1,1 @@
+"""Recipes by name, as data."""

@@ -1,0 +1,56 @@
+"""Rounding in the native library gives what the torch code gives, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glm4run.kernels.cpu.library import why_missing
+from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
+from glm4run.qformat import pack, scale_groups
+from glm4run.quant_config import QuantScheme
+from glm4run_quantize.methods.rtn import quantize_rtn
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native library: {why_missing()}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(1, 128), (7, 384), (33, 1280)])
+def test_same_bytes_as_in_torch(shape: tuple[int, int], group_size: int, bits: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(shape[0] + group_size + bits)
+    weight = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator).exp()
+    weight[0, :40] = 0.0  # a group of nothing but zeros, at g32
+    weight[-1, -3] = 60.0  # an outlier
+    weight[0, 64:96] = torch.arange(32) - 15.5  # ties
+    weight[-1, :32] = 1e-7  # scales that fp16 rounds to 0
+    weight = weight.to(dtype)
+    scheme = QuantScheme(bits, group_size)
+    assert takes_rounding(weight, scheme)
+    result = round_and_pack(weight, scheme)
+    assert result is not None
+    q, scale = quantize_rtn(weight, scheme, dtype)
+    assert torch.equal(result[1], scale)
+    assert torch.equal(result[0], pack(q, bits))
+    assert result[2] == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    noise = (weight.double() - scale_groups(q, scale).double()).square().sum()
+    assert result[3] == pytest.approx(float(noise), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_seen(value: float, dtype: torch.dtype) -> None:
+    weight = torch.ones(3, 64, dtype=dtype)
+    weight[1, 37] = value
+    assert round_and_pack(weight, QuantScheme(4, 32)) is None
+
+
+def test_what_it_does_not_take() -> None:
+    weight = torch.ones(4, 96)
+    assert takes_rounding(weight, QuantScheme(4, 32))
+    assert not takes_rounding(weight, QuantScheme(4, 64))  # does not divide
+    assert not takes_rounding(weight, QuantScheme(4, None))
+    assert not takes_rounding(weight, QuantScheme(4, 32, symmetric=False))
+    assert not takes_rounding(weight[:, :64], QuantScheme(4, 32))
+    assert not takes_rounding(weight.double(), QuantScheme(4, 32))
