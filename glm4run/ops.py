@@ -13,6 +13,7 @@ from glm4run.attention import grouped_query_attention
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import why_missing
 from glm4run.layers import rms_norm
+from glm4run.memory import attends_natively
 from glm4run.rope import apply_rope
 
 
@@ -54,7 +55,9 @@ class NativeOps(Ops):
         return split_heads(native.rope_(x, head_dim, cos, sin), head_dim)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        alone = query.ndim == 3
+        alone = query.ndim == 3 and (
+            query.shape[1] <= native.FEW_TOKENS or attends_natively(query.shape[0], key.shape[0])
+        )
         rows = all(t.stride(-1) == 1 for t in (query, key, value))
         packed = rows and key.stride(1) == key.shape[2] and value.stride() == key.stride()
         same = query.dtype == key.dtype == value.dtype

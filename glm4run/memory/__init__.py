@@ -20,7 +20,7 @@ from glm4run.memory.plan import (
 from glm4run.memory.sizes import GIB, MIB, Reserve, gib_text, parse_bytes, parse_reserve, parse_size, tokens_text
 from glm4run.memory.terms import PREFILL_CHUNK, WEIGHT_TERMS, MemoryPlan, Term
 from glm4run.memory.weights import Stored, Weights, plan_weights, stored_tensors
-from glm4run.memory.workspace import logits_block_rows
+from glm4run.memory.workspace import attends_natively, logits_block_rows
 
 __all__ = [
     "GIB",
@@ -38,6 +38,7 @@ __all__ = [
     "Stored",
     "Term",
     "Weights",
+    "attends_natively",
     "available_ram_bytes",
     "calibrated_cpu",
     "choose_plan",

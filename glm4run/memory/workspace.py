@@ -15,6 +15,7 @@ from glm4run.memory.kernels import Kernel, Linear, kernel_scratch_bytes
 from glm4run.memory.sizes import MIB
 
 MAX_SCORE_BYTES = 64 * MIB  # of attention.py
+ATTENTION_LANES = 16  # of kernels/cpu/src/kernels.h
 MAX_LOGITS_BYTES = 64 * MIB  # of one product with the head, where the logits of every position are asked for
 DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 LINEAR_KINDS = ("qkv", "o_proj", "gate_up_proj", "down_proj", "lm_head")
@@ -72,6 +73,13 @@ class _Ledger:
 
     def rename(self, old: str, new: str) -> None:
         self.live[new] = self.live.pop(old)
+
+
+def attends_natively(heads: int, kv_heads: int) -> bool:
+    """Whether many tokens attend in the native library where it is there: 16 query heads of a KV head run together,
+    and with most of them missing torch's products are faster."""
+    share = heads // kv_heads
+    return 2 * share >= -(-share // ATTENTION_LANES) * ATTENTION_LANES
 
 
 def logits_block_rows(vocab_size: int, dtype_bytes: int) -> int:
@@ -187,7 +195,8 @@ def _rope(ledger: _Ledger, compute: Compute, tokens: int) -> None:
 def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> None:
     """`attention.grouped_query_attention`; leaves `attended`. Scores grow with the context up to their bound."""
     config, element = compute.config, compute.dtype_bytes
-    if compute.native_attention and compute.batch == 1:
+    native = compute.native_attention and attends_natively(config.num_attention_heads, config.num_key_value_heads)
+    if native and compute.batch == 1:
         ledger.hold("attention", attended=tokens * config.num_attention_heads * config.head_dim * element)
         return
     per_sequence = tokens // compute.batch
