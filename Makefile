@@ -30,7 +30,7 @@ $(VENV)/.run-ready: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test-ready: $(VENV)/.run-ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bitsandbytes,quanto]'
 	@touch $@
 
 clean:

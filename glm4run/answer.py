@@ -29,6 +29,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     timings: Timings = field(default_factory=Timings)
     error: GenerationError | None = None
+    recovered: str = ""  # why tokens were taken back and written anew
 
     @property
     def completion_tokens(self) -> int:
@@ -48,6 +49,7 @@ class Answer:
             "model": self.model,
             "backend": self.backend,
             **({"thought": self.thought} if self.thought else {}),
+            **({"recovered": self.recovered} if self.recovered else {}),
             **({"error": self.error.message} if self.error is not None else {}),
         }
 
@@ -70,6 +72,10 @@ def collect(
     steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill)
     try:
         for step in steps:
+            if step.rollback is not None:
+                del answer.token_ids[len(answer.token_ids) - step.rollback.tokens :]
+                answer.text, answer.thought = step.rollback.text, step.rollback.thought
+                answer.recovered = step.rollback.why
             answer.text += step.text
             answer.thought += step.thought
             if step.token_id is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from glm4run.answer import Answer, collect
 from glm4run.chat_format import Message, parse_messages
-from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.errors import UsageError
 from glm4run.generate import LoadedModel
 from glm4run.sampling import SamplingParams
 
@@ -83,7 +83,7 @@ def run_batch(
     for number, request in enumerate(requests, 1):
         if request.id not in done:
             prompt = list(request.messages) or as_prompt(request.prompt or "")
-            _require_fits(model, request, prompt)
+            model.check_prompt(model.encode_prompt(prompt), name=f"request {request.id!r}")
             prompts.append((number, request, prompt))
     with target.open("a", encoding="utf-8") as file:
         for number, request, prompt in prompts:
@@ -92,15 +92,6 @@ def run_batch(
                 file.write(json.dumps({"id": request.id, **answer.as_json()}, ensure_ascii=False) + "\n")
                 file.flush()
             yield number, len(requests), answer
-
-
-def _require_fits(model: LoadedModel, request: Request, prompt: Any) -> None:
-    count, context_len = len(model.encode_prompt(prompt)), model.plan.context_len
-    if count > context_len:
-        raise DoesNotFitError(
-            f"request {request.id!r} has {count} tokens, the context holds {context_len}",
-            hint=f"shorten it, or use --ctx {count + 256} if the model and the memory allow",
-        )
 
 
 def _finished(target: Path) -> set[str | int]:

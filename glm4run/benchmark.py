@@ -6,11 +6,15 @@ The bandwidth is measured in the same run: on a shared machine a figure of anoth
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +24,8 @@ from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
 from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layers import QuantizedLinear
-from glm4run.machine import default_threads
-from glm4run.memory import PREFILL_CHUNK, available_ram_bytes
+from glm4run.machine import cpu_name, default_threads
+from glm4run.memory import available_ram_bytes
 from glm4run.steps import Context
 
 READ_BYTES = 1 << 30  # far beyond any cache
@@ -117,6 +121,31 @@ def measure_read_bandwidth() -> Bandwidth:
         return probe.best()
 
 
+def bandwidth_file() -> Path:
+    """Where the read bandwidth of this machine is kept once it has been measured (XDG)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "glm4run" / "bandwidth.json"
+
+
+def remember_bandwidth(bandwidth: Bandwidth) -> None:
+    """Keeps a measurement for the status line of `chat`. Where nothing can be written, nothing is kept."""
+    path = bandwidth_file()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps({cpu_name(): bandwidth.best_gb_per_s}), encoding="utf-8")
+        beside.rename(path)
+
+
+def remembered_bandwidth() -> float | None:
+    """The read bandwidth in GB/s that `bench` last measured on this processor; None where it never did."""
+    try:
+        found = json.loads(bandwidth_file().read_text(encoding="utf-8"))[cpu_name()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(found) if isinstance(found, int | float) and found > 0 else None
+
+
 def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
     """Bytes that a token must read behind `depth` others: all weights but the embedding's other rows, and the cache.
 
@@ -130,7 +159,7 @@ def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
             total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
     config = model.config
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.model.dtype.itemsize
-    return total // min(tokens, PREFILL_CHUNK) + depth * cache
+    return total // min(tokens, model.plan.chunk) + depth * cache
 
 
 def time_prefill(model: LoadedModel, tokens: int, depth: int = 0) -> float:
@@ -207,11 +236,12 @@ def _reading(probe: ReadProbe | None, bandwidth: Bandwidth | None) -> float | No
 
 
 def slower_than_bf16(model: LoadedModel, tokens: int) -> float | None:
-    """How many times longer the model's largest packed linear takes than the same one in bf16, over `tokens` tokens.
+    """How many times longer the layers' largest packed linear takes than the same one in bf16, over `tokens` tokens.
 
-    None where nothing is packed. Above 1 the packed format is slower here. Both are timed on up to 8192 rows' worth.
+    None where nothing in the layers is packed (the head meets one token of a prefill only). Above 1 the packed format
+    is slower here. Both are timed on up to 8192 rows' worth.
     """
-    packed = [m for m in model.model.modules() if isinstance(m, QuantizedLinear)]
+    packed = [m for m in model.model.model.layers.modules() if isinstance(m, QuantizedLinear)]
     if not packed:
         return None
     largest = max(packed, key=lambda linear: linear.nbytes)
@@ -243,17 +273,17 @@ def _filled(model: LoadedModel, depth: int, room: int) -> Context:
     context = model.new_context()
     with torch.inference_mode():
         ids = _ids(model, depth)
-        for first in range(0, depth, PREFILL_CHUNK):
-            model.model.hidden_states(ids[first : first + PREFILL_CHUNK], context.cache)
+        for first in range(0, depth, model.plan.chunk):
+            model.model.hidden_states(ids[first : first + model.plan.chunk], context.cache)
     _synchronize(model)
     return context
 
 
 def _feed(model: LoadedModel, context: Context, ids: Tensor) -> Tensor:
     """Feeds at least one id, in chunks; returns the likeliest token behind the last, [1]."""
-    for first in range(0, len(ids) - PREFILL_CHUNK, PREFILL_CHUNK):
-        model.model.hidden_states(ids[first : first + PREFILL_CHUNK], context.cache)
-    rest = (len(ids) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    for first in range(0, len(ids) - model.plan.chunk, model.plan.chunk):
+        model.model.hidden_states(ids[first : first + model.plan.chunk], context.cache)
+    rest = (len(ids) - 1) // model.plan.chunk * model.plan.chunk
     logits: Tensor = model.model(ids[rest:], context.cache)
     return logits[-1:].argmax(dim=-1)
 

@@ -39,7 +39,9 @@ def check_folder(folder: Path) -> list[Problem]:
 def _check_values(config: ModelConfig, entries: dict[str, TensorEntry]) -> list[Problem]:
     problems = []
     shapes = linear_shapes(config)
-    for module in quantized_linears(config):
+    for module, scheme in quantized_linears(config).items():
+        if scheme.kind != "int":
+            continue  # its scales are vectors, see below
         stored = np.frombuffer(_read(entries[f"{module}.{SHAPE}"]), dtype="<i8").tolist()
         if stored != list(shapes[module]):
             what = f"says {stored}, config.json says {list(shapes[module])}"
@@ -47,7 +49,7 @@ def _check_values(config: ModelConfig, entries: dict[str, TensorEntry]) -> list[
         scale = entries[f"{module}.{SCALE}"]
         if not _is_finite(scale):
             problems.append(_problem(scale, "holds NaN or infinity", "the file is damaged: get it again"))
-    vectors = (entry for name, entry in entries.items() if len(entry.shape) == 1 and not name.endswith(SHAPE))
+    vectors = (entry for entry in entries.values() if len(entry.shape) == 1 and entry.dtype in _EXPONENT_MASKS)
     for entry in vectors:
         if not _is_finite(entry):
             problems.append(_problem(entry, "holds NaN or infinity", "the file is damaged: get it again"))

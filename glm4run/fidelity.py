@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,14 +70,18 @@ class ReferenceRows:
 
 
 class Tally:
-    """Collects what a `Summary` needs: per scored token a loss, a position and, with a reference, a divergence."""
+    """Collects what a `Summary` needs: per scored token a loss, a position and, with a reference, a divergence.
+
+    In one array each: small tensors that stay, made between large ones that go, would keep the C heap from using the
+    room of the large ones again (it grew by a tenth of a gigabyte a window).
+    """
 
     def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-        self._reference_losses: list[Tensor] = []
-        self._kl: list[Tensor] = []
-        self._same: list[Tensor] = []
-        self._positions: list[Tensor] = []
+        self._losses = array("d")
+        self._reference_losses = array("d")
+        self._kl = array("d")
+        self._same = array("d")
+        self._positions = array("d")
 
     def add(
         self, log_probs: Tensor, targets: Tensor, first_position: int, reference: ReferenceRows | None = None
@@ -88,31 +93,30 @@ class Tally:
             first_position: where in its window the first of these tokens stands.
         """
         rows = reference_rows(log_probs, targets)
-        self._losses.append(rows.losses.cpu())
-        self._positions.append(torch.arange(first_position, first_position + len(targets)))
+        self._losses.extend(rows.losses.tolist())
+        self._positions.extend(range(first_position, first_position + len(targets)))
         if reference is not None:
-            self._reference_losses.append(reference.losses.cpu())
-            self._same.append(rows.top1.cpu() == reference.top1.cpu())
-            self._kl.append(kl_divergence(reference.log_probs.to(log_probs.device), log_probs).cpu())
+            self._reference_losses.extend(reference.losses.tolist())
+            self._same.extend((rows.top1.cpu() == reference.top1.cpu()).tolist())
+            self._kl.extend(kl_divergence(reference.log_probs.to(log_probs.device), log_probs).tolist())
         return rows
 
     def summary(self) -> Summary:
         """Of all that was added; at least two tokens."""
-        losses = torch.cat(self._losses)
+        losses = _tensor(self._losses)
         return Summary(len(losses), _exp(_mean(losses)), self._divergence(losses) if self._kl else None)
 
     def _divergence(self, losses: Tensor) -> Divergence:
-        kl, same = torch.cat(self._kl), torch.cat(self._same).double()
-        reference_losses = torch.cat(self._reference_losses)
+        kl, reference_losses = _tensor(self._kl), _tensor(self._reference_losses)
         return Divergence(
             kl_mean=_mean(kl),
             kl_median=_percentile(kl, 50),
             kl_p99=_percentile(kl, 99),
             kl_max=float(kl.max()),
-            same_top1=_mean(same),
+            same_top1=_mean(_tensor(self._same)),
             reference_perplexity=_exp(_mean(reference_losses)),
             perplexity_ratio=_exp(_mean(losses - reference_losses)),
-            by_position=tuple(_buckets(torch.cat(self._positions), kl)),
+            by_position=tuple(_buckets(_tensor(self._positions), kl)),
         )
 
 
@@ -125,6 +129,10 @@ def kl_divergence(reference: Tensor, log_probs: Tensor) -> Tensor:
     """KL(reference || model) of each row: log-probabilities [R, C] twice, in nats, to [R]."""
     difference = reference - log_probs
     return (reference.exp() * difference).sum(-1)
+
+
+def _tensor(values: array[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _percentile(values: Tensor, percent: int) -> float:

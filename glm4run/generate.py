@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +18,18 @@ from glm4run.cards import FAMILY_STOP_TOKENS, Card
 from glm4run.chat_format import AnswerCleaner, Message, encode_chat
 from glm4run.config import ModelConfig
 from glm4run.dialects import Dialect
-from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
+from glm4run.errors import DoesNotFitError, GenerationError, UsageError
+from glm4run.guard import DeadTokens, after_a_loop, diagnose, first_nonfinite
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
-from glm4run.loading import LoadedWeights, load_weights
-from glm4run.memory import MemoryPlan, Run, resident_bytes
+from glm4run.loading import LoadedWeights, available_bytes, load_weights
+from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
+from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
-from glm4run.model_folders import chat_dialect, read_generation_config
+from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
 from glm4run.sampling import Sampler, SamplingParams
-from glm4run.steps import Context, FinishReason, GenerationStep, TextStream, Timings
-from glm4run.stopping import is_looping
+from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
+from glm4run.stopping import find_loop
 from glm4run.tensor_loading import Progress
 from glm4run.tokenizer import Tokenizer, load_tokenizer
 from glm4run.tool_calls import tool_names
@@ -37,6 +40,7 @@ class LoadedModel:
     """A model with its tokenizer, ready to be asked. Made by `load_model`."""
 
     name: str
+    folder: Path
     model: Glm4Model
     tokenizer: Tokenizer
     config: ModelConfig
@@ -61,6 +65,13 @@ class LoadedModel:
         mask[[i for i in text if i < self.config.vocab_size]] = True
         return mask
 
+    @cached_property
+    def dead_ids(self) -> Tensor:
+        """bool [V]: the ids that have no token, which a whole model never likes best."""
+        dead = torch.ones(self.config.vocab_size, dtype=torch.bool)
+        dead[[i for i in self.tokenizer.usable_ids() if i < self.config.vocab_size]] = False
+        return dead
+
     def new_context(self) -> Context:
         """An empty conversation of the planned length."""
         dtype = self.model.dtype
@@ -70,16 +81,34 @@ class LoadedModel:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits float32 [T, V] of every position of `ids`, taken as they are (no prefix is added).
 
+        Computed a chunk after the other into the result, which is four bytes for each position and token of the
+        vocabulary: `memory.Run.every_logits` plans it. The run's own plan has room for one position's logits only.
+
         Raises:
-            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds.
+            UsageError: no ids, or ids outside the vocabulary. DoesNotFitError: more ids than the context holds, or no
+                memory for the result. Before any computation.
         """
-        self._check_prompt(ids)
+        self.check_prompt(ids)
+        self._require_room_for_logits(len(ids))
         context = self.new_context()
-        parts = [
-            self.model(self._tensor(ids[i : i + self.plan.chunk]), context.cache, logits="all")
-            for i in range(0, len(ids), self.plan.chunk)
-        ]
-        return torch.cat(parts)
+        result = torch.empty(len(ids), self.config.vocab_size, device=self.device)
+        for first in range(0, len(ids), self.plan.chunk):
+            chunk = self._tensor(ids[first : first + self.plan.chunk])
+            self.model.write_logits(chunk, context.cache, result[first : first + len(chunk)])
+        return result
+
+    def _require_room_for_logits(self, tokens: int) -> None:
+        """What the plan of every position's logits needs beyond weights, which are there already."""
+        run = dataclasses.replace(self.memory_run, chunk=self.plan.chunk, every_logits=True)
+        plan = plan_run(run, tokens)
+        needed = plan.bytes_of("kv_cache", "prefill_activations", "attention", "logits", "every_logits")
+        free = available_bytes(self.device)
+        if free is not None and needed > free:
+            raise DoesNotFitError(
+                f"the logits of {tokens} positions need {needed / GIB:.2f} GiB beside the model, "
+                f"{free / GIB:.2f} GiB are free on {self.device}",
+                hint="ask for fewer tokens at once",
+            )
 
     def default_params(self) -> SamplingParams:
         """The sampling that the model's own files ask for, else its card's, else greedy."""
@@ -88,10 +117,7 @@ class LoadedModel:
     def require_dialect(self) -> Dialect:
         """The chat dialect. Raises CheckpointError for a model that has none."""
         if self.dialect is None:
-            raise CheckpointError(
-                f"{self.name} has no chat template: a base model continues text and cannot hold a conversation",
-                hint="use a chat variant such as glm-4-9b-chat or GLM-4-9B-0414, or give text to continue",
-            )
+            raise no_chat_template(self.name)
         return self.dialect
 
     def encode_prompt(
@@ -127,15 +153,32 @@ class LoadedModel:
             DoesNotFitError: the prompt leaves no room in the context. Before any computation.
         """
         ids = self.encode_prompt(prompt, tools)
-        self._check_prompt(ids)
+        self.check_prompt(ids)
         if chat is None:
             chat = is_conversation(prompt)
         run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
         return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def prefill(
+        self,
+        ids: Sequence[int],
+        context: Context,
+        *,
+        timings: Timings | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Feeds what `context` does not hold of `ids` yet, a chunk at a time. What is fed stays, whatever ends it.
+
+        Raises:
+            DoesNotFitError: more ids than the context holds. Before any computation.
+        """
+        self.check_prompt(ids)
+        _Generation(self, SamplingParams(), context, timings or Timings()).prefill(list(ids), on_prefill)
+
+    def check_prompt(self, ids: Sequence[int], *, name: str = "the prompt") -> None:
+        """Raises UsageError for no ids or wrong ones, DoesNotFitError for too many; `name` is what they are called."""
         if not ids:
-            raise UsageError("the prompt is empty", hint="give at least one token")
+            raise UsageError(f"{name} is empty", hint="give at least one token")
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if wrong is not None:
             raise UsageError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
@@ -143,7 +186,7 @@ class LoadedModel:
             most = self.config.max_position_embeddings
             larger = f", or use a larger --ctx (this model has up to {most})" if self.plan.context_len < most else ""
             raise DoesNotFitError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.plan.context_len}",
+                f"{name} has {len(ids)} tokens, the context holds {self.plan.context_len}",
                 hint=f"shorten it{larger}",
             )
 
@@ -161,6 +204,7 @@ class _Generation:
 
     def __init__(self, owner: LoadedModel, params: SamplingParams, context: Context, timings: Timings) -> None:
         self.owner, self.params, self.context, self.timings = owner, params, context, timings
+        self.has_recovered = False
 
     def steps(
         self,
@@ -171,13 +215,20 @@ class _Generation:
         on_prefill: Callable[[int, int], None] | None,
     ) -> Iterator[GenerationStep]:
         owner = self.owner
-        thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
-        text = TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
-        sampler = Sampler(self.params, self._allowed(calls=bool(declared)))
-        logits = self._prefill(prompt, on_prefill)
+        text = self._new_text(chat=chat)
+        allowed = self._allowed(calls=bool(declared))
+        sampler = Sampler(self.params, allowed)
+        dead = DeadTokens(owner.dead_ids)
+        logits = self.prefill(prompt, on_prefill)
         generated: list[int] = []
         while True:
-            token = sampler.sample(logits, self.context.ids)
+            try:
+                token = sampler.sample(logits, self.context.ids)
+            except GenerationError:
+                logits = self._compute_again(len(generated))
+                token = sampler.sample(logits, self.context.ids)
+                yield GenerationStep("", rollback=Rollback(0, text.shown, text.thought, "the output was not finite"))
+            dead.watch(logits)
             if token in owner.stop_ids:
                 yield text.finish("stop", declared, stopped_by=owner.tokenizer.special_name(token) or str(token))
                 return
@@ -188,10 +239,64 @@ class _Generation:
                 yield GenerationStep("", finish_reason="stop", stopped_by=step.stopped_by)
                 return
             reason = self._limit(generated)
+            if reason == "repetition" and self.params.recover and not self.has_recovered:
+                text = self._new_text(chat=chat)
+                rollback, logits = self._take_back_loop(generated, len(prompt), text)
+                sampler = Sampler(after_a_loop(self.params), allowed)
+                yield GenerationStep("", rollback=rollback)
+                continue
             if reason is not None:
                 yield text.finish(reason, declared)
                 return
             logits = self._decode(token)
+
+    def _new_text(self, *, chat: bool) -> TextStream:
+        owner = self.owner
+        thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
+        return TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
+
+    def _take_back_loop(self, generated: list[int], start: int, text: TextStream) -> tuple[Rollback, Tensor]:
+        """Shortens `generated` (behind `start` tokens of prompt) and the cache to the loop's first round.
+
+        `text` is fresh and gets what is kept. Returns the logits behind it, without the token that went round.
+        """
+        loop = find_loop(generated)
+        assert loop is not None
+        kept = loop.start + loop.period
+        again, taken = generated[kept], len(generated) - kept
+        del generated[kept:]
+        for token in generated:
+            text.push(token)
+        self._forget_from(start + kept - 1)
+        logits = self._decode(generated[-1]).clone()
+        logits[again] = float("-inf")
+        self.has_recovered = True
+        why = f"it went round in a loop of {loop.period} token{'s' if loop.period > 1 else ''}"
+        return Rollback(taken, text.shown, text.thought, why), logits
+
+    def _compute_again(self, generated: int) -> Tensor:
+        """Logits [V] of the last position, from the first position whose keys or values are not finite.
+
+        A fault that passes (memory, another thread) is cured so. One that stays is diagnosed.
+
+        Raises:
+            GenerationError: the logits are still not finite, or that was so before; with what is known about it.
+        """
+        cache, ids = self.context.cache, self.context.ids
+        found = first_nonfinite(cache)
+        if self.has_recovered:
+            raise diagnose(found, len(ids), generated)
+        self.has_recovered = True
+        wanted = list(ids)
+        self._forget_from(min(len(ids) - 1, len(ids) if found is None else found.position))
+        logits = self.prefill(wanted, None)
+        if not bool(torch.isfinite(logits).all()):
+            raise diagnose(first_nonfinite(cache) or found, len(wanted), generated)
+        return logits
+
+    def _forget_from(self, position: int) -> None:
+        self.context.cache.truncate(position)
+        del self.context.ids[position:]
 
     def _allowed(self, *, calls: bool) -> Tensor:
         """The ids that may come: every real token; of the control tokens only the stops, and between calls the role."""
@@ -209,12 +314,12 @@ class _Generation:
             return "max_tokens"
         if self.context.cache.position >= self.context.cache.capacity:
             return "context_full"
-        if self.params.stop_on_repetition and is_looping(generated):
+        if self.params.stop_on_repetition and find_loop(generated) is not None:
             return "repetition"
         return None
 
     @torch.inference_mode()
-    def _prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
+    def prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
         """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V]."""
         new = self.context.reuse(prompt)
         started = time.perf_counter()
@@ -253,6 +358,7 @@ def load_model(
     dtype: str = "auto",
     backend: str = "auto",
     activations: Activations = "auto",
+    quantize_on_load: str | None = None,
     threads: int | None = None,
     kv_bits: int = 16,
     context_len: int | None = None,
@@ -266,6 +372,8 @@ def load_model(
         path: the folder. device: auto, cpu, cuda, cuda:N. dtype: auto, bf16, fp16, fp32.
         backend: auto, or the name of one, which then never falls back. kv_bits: 16 is what this version has.
         activations: how they meet packed weights. auto takes the faster form where its loss is negligible; int8, bf16.
+        quantize_on_load: how to pack a dense folder while it is loaded, by bitsandbytes (nf4, fp4, int8) or
+            optimum-quanto (qint8, qint4).
         threads: of the CPU; None takes one per core that this process may use.
         context_len: tokens; None takes the largest that fits the memory, up to the model's own.
         rope_theta: overrides the config's base. yarn: auto (when the context asks for it), on, off.
@@ -277,6 +385,7 @@ def load_model(
         raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
     folder = Path(path)
     started = time.perf_counter()
+    return_large_blocks()
     held = resident_bytes()  # before the tokenizer comes, which the plan counts by itself
     with ThreadPoolExecutor(max_workers=1) as beside:  # a large vocabulary takes a second of its own
         tokenizer = beside.submit(load_tokenizer, folder)
@@ -286,6 +395,7 @@ def load_model(
             dtype=dtype,
             backend=backend,
             activations=activations,
+            quantize_on_load=quantize_on_load,
             threads=threads,
             context_len=context_len,
             rope_theta=rope_theta,
@@ -303,6 +413,7 @@ def _assemble(folder: Path, weights: LoadedWeights, tokenizer: Tokenizer, starte
     first = next(weights.model.parameters())
     return LoadedModel(
         name=folder.resolve().name,
+        folder=folder.resolve(),
         model=weights.model,
         tokenizer=tokenizer,
         config=config,

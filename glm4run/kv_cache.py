@@ -52,6 +52,17 @@ class KVCache:
             raise ValueError(f"cannot truncate a cache of {self.position} tokens to {position}")
         self.position = position
 
+    def rows(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
+        """What a layer holds of the tokens `start` to `end`, by name: views, the token axis second."""
+        return {"keys": self.keys[layer][:, start:end], "values": self.values[layer][:, start:end]}
+
+    def restore(self, layer: int, start: int, rows: dict[str, Tensor]) -> None:
+        """Writes what `rows` gave back at `start`; `position` stays. Raises ValueError where shape or dtype differ."""
+        for name, target in self.rows(layer, start, start + next(iter(rows.values())).shape[1]).items():
+            if rows[name].shape != target.shape or rows[name].dtype != target.dtype:
+                raise ValueError(f"{name} are {rows[name].dtype} {tuple(rows[name].shape)}, the cache's are not")
+            target.copy_(rows[name])
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""

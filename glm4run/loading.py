@@ -19,12 +19,15 @@ from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layer_stack import native_stack
 from glm4run.machine import default_threads
 from glm4run.memory import MemoryPlan, Run
+from glm4run.memory.heap import kept_block_bytes, return_large_blocks
 from glm4run.model import Glm4Model
-from glm4run.ops import choose_ops
+from glm4run.ops import NativeOps, Ops, choose_ops
+from glm4run.quant_config import QuantScheme, on_load_scheme
 from glm4run.tensor_loading import Progress, TensorLoader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LONG_CONTEXT, LONG_CONTEXT_THETA = 65536, 1e6
+DEFAULT_ON_LOAD = {"bitsandbytes": "nf4", "quanto": "qint8"}  # what these backends make of a dense folder
 DEFAULT_CONTEXT_WITHOUT_MEMORY = 8192  # where the machine does not say how much memory is free
 
 
@@ -73,8 +76,8 @@ def choose_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.
     """What to compute in.
 
     `auto`: bf16 where it is fast. A CPU without bf16 instructions multiplies dense bf16 matrices many times slower
-    than float32, so dense models then run in float32 if they fit; packed ones stay in bf16, which torch's int4
-    kernel wants.
+    than float32, so dense models then run in float32 if they fit (and so does what other libraries quantize); ours stay
+    in bf16, which torch's int4 kernel wants.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -82,7 +85,8 @@ def choose_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if config.quantization is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    ours = any(scheme.kind == "int" for scheme in quantized_linears(config).values())
+    if ours or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     available = memory.available_ram_bytes()
     fits = available is None or 4 * config.num_parameters + memory.HEADROOM_BYTES < available
@@ -96,6 +100,7 @@ def load_weights(
     dtype: str = "auto",
     backend: str = "auto",
     activations: Activations = "auto",
+    quantize_on_load: str | None = None,
     threads: int | None = None,
     context_len: int | None = None,
     rope_theta: float | None = None,
@@ -105,6 +110,8 @@ def load_weights(
 ) -> LoadedWeights:
     """Loads a dense or packed folder of any layout.
 
+    `quantize_on_load`: one of `quant_config.ON_LOAD`, by which another library packs the layers' linears of a dense
+    folder as they come; None does so only where such a library is the named `backend`.
     `held_bytes`: what the process held before anything of this model was loaded; None measures it now.
 
     Raises:
@@ -113,6 +120,7 @@ def load_weights(
     """
     if activations not in ACTIVATIONS:
         raise UsageError(f"activations are {activations!r}", hint=f"one of: {', '.join(ACTIVATIONS)}")
+    return_large_blocks()  # so that the process holds what the plan says, whatever came and went before
     use_threads(threads)
     config = read_config(folder)
     card = match_card(config, name=folder.name)
@@ -120,19 +128,22 @@ def load_weights(
     target = choose_device(device)
     compute = choose_dtype(dtype, target, config)
     shapes = linear_shapes(config)
+    schemes = _schemes(config, quantize_on_load or DEFAULT_ON_LOAD.get(backend), asked=quantize_on_load is not None)
     specs = {
         module: LinearSpec(*shapes[module], scheme, target, input_dtype(module, compute), activations)
-        for module, scheme in quantized_linears(config).items()
+        for module, scheme in schemes.items()
     }
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
-        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes)
+        ops = choose_ops(backend)
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
-            model = Glm4Model(config, dtype=compute, ops=choose_ops(backend))
+            model = Glm4Model(config, dtype=compute, ops=ops)
         TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
+    return_large_blocks(kept_block_bytes(plan.weight_bytes))
     return LoadedWeights(
         model,
         plan,
@@ -142,6 +153,21 @@ def load_weights(
         backend_reason=reason,
         notices=(*config.notices, *notices),
     )
+
+
+def _schemes(config: ModelConfig, on_load: str | None, *, asked: bool) -> dict[str, QuantScheme]:
+    """How each linear is packed: as stored, or in a dense folder as `on_load` says, the head apart."""
+    stored = quantized_linears(config)
+    if on_load is None or (stored and not asked):
+        return stored
+    if stored:
+        kinds = ", ".join(sorted({scheme.describe() for scheme in stored.values()}))
+        raise UsageError(
+            f"quantize-on-load {on_load} was asked for, but this model is packed already: {kinds}",
+            hint="leave the option out, or give the unpacked model",
+        )
+    shapes = linear_shapes(config)
+    return {module: on_load_scheme(on_load, shapes[module][1]) for module in shapes if module != "lm_head"}
 
 
 def adapt_config(
@@ -179,7 +205,7 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
         raise DoesNotFitError(
             f"a context of {context_len} tokens was asked for, this model has {limit}", hint=f"use --ctx {limit}"
         )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
+    free = available_bytes(device)
     if free is None:
         return memory.plan_run(run, context_len or min(limit, DEFAULT_CONTEXT_WITHOUT_MEMORY))
     plan = memory.choose_plan(run, free + run.overhead.held_bytes, context_len, limit)
@@ -194,6 +220,11 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
     )
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of a device that may still be taken; None where the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_ram_bytes()
+
+
 def planned_run(
     reader: CheckpointReader,
     config: ModelConfig,
@@ -202,6 +233,7 @@ def planned_run(
     device: torch.device,
     dtype: torch.dtype,
     held_bytes: int | None,
+    ops: Ops,
 ) -> Run:
     """What is about to be loaded and run, as `memory` plans it."""
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
@@ -216,11 +248,18 @@ def planned_run(
     on_cpu = device.type == "cpu"
     tokenizer = memory.tokenizer_bytes(reader.folder, config.vocab_size)
     overhead = (
-        memory.process_overhead(held_bytes or memory.resident_bytes(), tokenizer)
+        memory.process_overhead(
+            held_bytes or memory.resident_bytes(), tokenizer, memory.read_calibration(memory.calibrated_cpu())
+        )
         if on_cpu
-        else memory.device_overhead(is_open=True)
+        else memory.device_overhead(
+            is_open=True, calibration=memory.read_calibration(torch.cuda.get_device_name(device))
+        )
     )
-    return Run(weights, weights.compute(config, dtype=dtype_name, device=device.type), overhead)
+    computes = weights.compute(
+        config, dtype=dtype_name, device=device.type, native_attention=on_cpu and isinstance(ops, NativeOps)
+    )
+    return Run(weights, computes, overhead)
 
 
 def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:

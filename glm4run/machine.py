@@ -22,6 +22,15 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def has_cpu_flag(flag: str) -> bool:
+    """Whether the processor lists an instruction set, in Linux' spelling (`avx512_bf16`); False where unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    return next((flag in line.split() for line in lines if line.startswith(("flags", "Features"))), False)
+
+
 def commit() -> str | None:
     """The commit of the checkout that this package lies in (`-dirty` where files differ); None outside of one."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from glm4run.config import ModelConfig
 from glm4run.kv_cache import KVCache
 from glm4run.layers import Embedding, Linear, RMSNorm, linear_together
+from glm4run.memory import logits_block_rows
 from glm4run.ops import Ops, split_heads
 from glm4run.rope import Rope
 
@@ -151,3 +152,13 @@ class Glm4Model(nn.Module):
         hidden = self.hidden_states(ids, cache)
         out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
         return out.float()
+
+    def write_logits(self, ids: Tensor, cache: KVCache, out: Tensor) -> None:
+        """The logits of every position of ids [T] into `out` float32 [T, V], a block of positions at a time.
+
+        A block keeps the head's own output small beside `out`, which is large: 0.6 MB a position for this family.
+        """
+        hidden = self.hidden_states(ids, cache)
+        rows = logits_block_rows(self.config.vocab_size, self.dtype.itemsize)
+        for first in range(0, len(hidden), rows):
+            out[first : first + rows] = self.lm_head(hidden[first : first + rows])

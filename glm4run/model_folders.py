@@ -157,3 +157,12 @@ def chat_dialect(folder: Path, config: ModelConfig) -> tuple[Dialect | None, Car
     recorded = read_provenance(folder).get("chat_dialect")
     chosen = recorded if recorded in DIALECTS else card.dialect if card is not None else None
     return (None if chosen is None else DIALECTS[chosen]), card
+
+
+def no_chat_template(name: str) -> CheckpointError:
+    """The refusal of a conversation with the base model `name`; it names the chat variants."""
+    chats = ", ".join(card.name for card in load_cards().values() if not card.is_base)
+    return CheckpointError(
+        f"{name} has no chat template: a base model continues text and cannot hold a conversation",
+        hint=f"use a chat variant ({chats}); `chat --force` chats all the same, `generate` continues text",
+    )

@@ -13,10 +13,8 @@ from glm4run.attention import grouped_query_attention
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import why_missing
 from glm4run.layers import rms_norm
+from glm4run.memory import attends_natively
 from glm4run.rope import apply_rope
-
-# More new tokens than this are a prefill, where torch's blocked products are the better attention.
-NATIVE_ATTENTION_TOKENS = 8
 
 
 class Ops:
@@ -57,11 +55,13 @@ class NativeOps(Ops):
         return split_heads(native.rope_(x, head_dim, cos, sin), head_dim)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        few = query.ndim == 3 and query.shape[1] <= NATIVE_ATTENTION_TOKENS
+        alone = query.ndim == 3 and (
+            query.shape[1] <= native.FEW_TOKENS or attends_natively(query.shape[0], key.shape[0])
+        )
         rows = all(t.stride(-1) == 1 for t in (query, key, value))
         packed = rows and key.stride(1) == key.shape[2] and value.stride() == key.stride()
         same = query.dtype == key.dtype == value.dtype
-        if not (few and packed and same and native.takes(query, key, value)):
+        if not (alone and packed and same and native.takes(query, key, value)):
             return super().attention(query, key, value)
         return native.attention(query, key, value)
 

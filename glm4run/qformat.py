@@ -13,7 +13,7 @@ torch is imported inside the functions: the names and shapes here also serve `ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,10 @@ class PackedWeight:
     def side_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Scales and packed zero points."""
         return self.scale, self.zero_point
+
+    def stored(self) -> Mapping[str, Tensor]:
+        """The tensors by suffix."""
+        return dict(self.tensors())
 
     def location(self) -> None:
         """Not in a file."""

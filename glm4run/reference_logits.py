@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -57,8 +58,8 @@ class ReferenceWriter:
     def __init__(self, path: Path, provenance: Provenance, ids: Sequence[int], rows: int, columns: int) -> None:
         self.path, self.ids, self.rows, self.columns = path, ids, rows, columns
         self.partial = path.with_name(f".{path.name}.part")
-        self.losses: list[Tensor] = []
-        self.top1: list[Tensor] = []
+        self.losses = array("d")  # plain arrays, as `Tally` has them
+        self.top1 = array("i")
         header = _header(provenance, len(ids), rows, columns)
         needed = len(header) + rows * (2 * columns + 12) + 4 * len(ids)
         if not path.parent.is_dir():
@@ -76,8 +77,8 @@ class ReferenceWriter:
         """The next rows."""
         narrow = rows.log_probs.clamp(min=SMALLEST).to(torch.float16).cpu().contiguous()
         self.file.write(narrow.numpy().data)
-        self.losses.append(rows.losses.double().cpu())
-        self.top1.append(rows.top1.to(torch.int32).cpu())
+        self.losses.extend(rows.losses.tolist())
+        self.top1.extend(rows.top1.tolist())
 
     def __enter__(self) -> ReferenceWriter:
         return self
@@ -87,11 +88,9 @@ class ReferenceWriter:
     ) -> None:
         with self.file:
             if kind is None:
-                losses = torch.cat(self.losses)
-                assert len(losses) == self.rows
-                self.file.write(losses.numpy().data)
-                self.file.write(torch.cat(self.top1).numpy().data)
-                self.file.write(torch.tensor(self.ids, dtype=torch.int32).numpy().data)
+                assert len(self.losses) == self.rows
+                for part in (self.losses, self.top1, array("i", self.ids)):
+                    self.file.write(part)
                 self.file.flush()
                 os.fsync(self.file.fileno())
         if kind is None:

@@ -29,6 +29,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_on_repetition: bool = True  # end with `repetition` when the tail is one n-gram over and over
+    recover: bool = False  # first take such a tail back, once, and write on from before it (`GenerationStep.rollback`)
 
     def __post_init__(self) -> None:
         checks = {

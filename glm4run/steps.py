@@ -16,6 +16,16 @@ FinishReason = Literal["stop", "max_tokens", "context_full", "repetition", "tool
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """Tokens of an answer that were taken back because it had degenerated, and what is left of it."""
+
+    tokens: int
+    text: str
+    thought: str
+    why: str
+
+
+@dataclass(frozen=True)
 class GenerationStep:
     """What one token added. The last step of a stream has a `finish_reason` and may have text that was held back."""
 
@@ -25,6 +35,7 @@ class GenerationStep:
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None  # the stop token or stop string
     tool_calls: tuple[ToolCall, ...] = ()
+    rollback: Rollback | None = None  # comes before what `text` adds; only where `SamplingParams.recover` is set
 
 
 @dataclass
@@ -56,15 +67,18 @@ class Context:
 
     def reuse(self, prompt: Sequence[int]) -> list[int]:
         """Keeps the longest common prefix and returns what must still be prefilled; at least the last token."""
-        common = 0
-        for ours, theirs in zip(self.ids[: self.cache.position], prompt, strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        common = min(common, len(prompt) - 1)
+        common = min(common_prefix(self.ids[: self.cache.position], prompt), len(prompt) - 1)
         self.cache.truncate(common)
         self.ids = list(prompt[:common])
         return list(prompt[common:])
+
+
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many ids two sequences share from their beginning."""
+    for count, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if mine != other:
+            return count
+    return min(len(ours), len(theirs))
 
 
 class TextStream:
@@ -75,6 +89,17 @@ class TextStream:
         self.stops = StopStrings(stop)
         self.cleaner = cleaner
         self.whole: list[str] = []
+        self.thoughts: list[str] = []
+
+    @property
+    def shown(self) -> str:
+        """The answer so far."""
+        return "".join(self.whole)
+
+    @property
+    def thought(self) -> str:
+        """The thought so far."""
+        return "".join(self.thoughts)
 
     def push(self, token: int) -> GenerationStep:
         return self._step(self.decoder.push(token), token)
@@ -100,4 +125,5 @@ class TextStream:
             text, thought = part.answer, part.thought
         shown, stopped_by = self.stops.push(text)
         self.whole.append(shown)
+        self.thoughts.append(thought)
         return GenerationStep(shown, thought, token_id=token, stopped_by=stopped_by)

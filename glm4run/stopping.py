@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 LOOP_LONGEST_PERIOD = 64  # tokens
 LOOP_REPEATS = 6
@@ -41,15 +42,31 @@ class StopStrings:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
-def is_looping(tokens: Sequence[int]) -> bool:
-    """Whether the tail is one n-gram (up to `LOOP_LONGEST_PERIOD` tokens) at least `LOOP_REPEATS` times over."""
+@dataclass(frozen=True)
+class Loop:
+    """A tail that is one n-gram over and over: `period` tokens, first seen at `start`."""
+
+    start: int
+    period: int
+
+
+def find_loop(tokens: Sequence[int]) -> Loop | None:
+    """The loop that the tail is: one n-gram (up to `LOOP_LONGEST_PERIOD` tokens) at least `LOOP_REPEATS` times over."""
     if len(tokens) < LOOP_TOKENS:
-        return False
+        return None
     for period in range(1, LOOP_LONGEST_PERIOD + 1):
         span = max(LOOP_TOKENS, LOOP_REPEATS * period)
         if span > len(tokens):
-            return False
+            return None
         tail = tokens[-span:]
         if tail[period:] == tail[:-period]:
-            return True
-    return False
+            start = len(tokens) - span
+            while start > 0 and tokens[start - 1] == tokens[start - 1 + period]:
+                start -= 1
+            return Loop(start, period)
+    return None
+
+
+def is_looping(tokens: Sequence[int]) -> bool:
+    """Whether the tail is a loop."""
+    return find_loop(tokens) is not None

@@ -6,7 +6,7 @@ read, so that loading never holds a second copy of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,14 @@ class TensorLoader:
         self.backend, self.progress = backend, progress
         self.total = sum(source.nbytes for source in reader.sources.values())
         self.done = 0
+        self.taken: set[str] = set()
 
     def run(self, specs: dict[str, LinearSpec]) -> None:
         """Fills every tensor of the model; those of `specs` are packed linears. Raises CheckpointError."""
         for module, spec in specs.items():
             self._put_packed(module, spec)
         for name in self.reader.sources:
-            if name.rpartition(".")[0] not in specs:
+            if name not in self.taken:
                 self._put_dense(name)
         if self.model.config.tie_word_embeddings:
             shared = self.model.model.embed_tokens.weight.to(self.dtype)
@@ -68,7 +69,8 @@ class TensorLoader:
         return tensor
 
     def count(self, name: str) -> None:
-        """Adds a tensor to the progress."""
+        """Adds a tensor to what is loaded, and to the progress."""
+        self.taken.add(name)
         self.done += self.reader.sources[name].nbytes
         if self.progress is not None:
             self.progress(self.done, self.total)
@@ -83,7 +85,9 @@ class TensorLoader:
         return tensor
 
     def _put_packed(self, module: str, spec: LinearSpec) -> None:
-        shape = self.read(f"{module}.{SHAPE}").tolist()
+        shape = [spec.out_features, spec.in_features]
+        if spec.scheme.kind == "int":
+            shape = self.read(f"{module}.{SHAPE}").tolist()
         if shape != [spec.out_features, spec.in_features]:
             raise CheckpointError(
                 f"{module}.{SHAPE} says {shape}, config.json says {[spec.out_features, spec.in_features]}",
@@ -110,7 +114,7 @@ class _FileWeight:
     """A packed weight that lies in its file: a `kernels.WeightSource`."""
 
     def __init__(self, loader: TensorLoader, module: str, spec: LinearSpec) -> None:
-        self.loader, self.spec = loader, spec
+        self.loader, self.module, self.spec = loader, module, spec
         self.packed, self.scale, self.zero_point = (f"{module}.{part}" for part in (PACKED, SCALE, ZERO_POINT))
 
     @property
@@ -132,6 +136,17 @@ class _FileWeight:
         loader = self.loader
         scale = loader.check_finite(self.scale, loader.read(self.scale)).to(loader.device)
         return scale, None if self.spec.scheme.symmetric else loader.read(self.zero_point).to(loader.device)
+
+    def stored(self) -> Mapping[str, Tensor]:
+        loader, prefix = self.loader, f"{self.module}."
+        names = [name for name in loader.reader.sources if name.startswith(prefix) and not name.endswith(".bias")]
+        tensors = {}
+        for name in names:
+            tensor = loader.read(name)
+            if tensor.is_floating_point():
+                loader.check_finite(name, tensor)
+            tensors[name.removeprefix(prefix)] = tensor.to(loader.device)
+        return tensors
 
     def location(self) -> FileRange:
         """The backend reads the values itself: they count as read from here on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,28 @@ from hypothesis import settings
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"  # published configs, layouts and fixtures; not part of the project
 
+_HOMES = count()
+
 # A first call can load a native library; a deadline would make that a failure of the property.
 settings.register_profile("glm4run", deadline=None, max_examples=50)
 settings.load_profile("glm4run")
+
+# What somebody measured of this machine must not change what the tests expect.
+os.environ["GLM4RUN_CALIBRATION"] = str(REPO / "no-calibration.json")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two pools of threads would fight. The variable is for the processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def homes_of_the_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what the user's own runs keep: sessions, history, the measured bandwidth."""
+    home = tmp_path_factory.getbasetemp() / f"home-{next(_HOMES)}"  # made by whoever writes to it
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+    monkeypatch.setenv("GLM4RUN_SESSIONS", str(home / "sessions"))
 
 
 @pytest.fixture(scope="session")

@@ -138,12 +138,16 @@ def weight_bytes(model: nn.Module) -> int:
     return held + sum(m.prepacked.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
 
 
-def trace_forward(model: Glm4Model, context: int, chunk: int) -> MemoryTrace:
-    """The last chunk of a prompt that fills a context."""
+def trace_forward(model: Glm4Model, context: int, chunk: int, *, every_position: bool = False) -> MemoryTrace:
+    """The last chunk of a prompt that fills a context; `every_position`: with the logits of all of the chunk."""
     cache = KVCache(model.config, context, dtype=model.dtype, device=META)
     cache.position = context - chunk
     ids = torch.zeros(chunk, dtype=torch.long, device=META)
+    out = torch.empty(chunk, model.config.vocab_size, device=META)
     trace = MemoryTrace()
     with torch.no_grad(), trace:
-        model(ids, cache)
+        if every_position:
+            model.write_logits(ids, cache, out)
+        else:
+            model(ids, cache)
     return trace

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from glm4run.bnb_format import ANY, bitsandbytes_tensor_shapes
 from glm4run.checkpoint.safetensors_index import Problem, TensorEntry
 from glm4run.config import ModelConfig
 from glm4run.qformat import GROUP_SIZES, packed_tensor_shapes
@@ -19,7 +20,8 @@ from glm4run.quant_config import QuantScheme
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 ORIGINAL_PREFIX = "transformer."
 # Rotary buffers are derived from the config; some checkpoints store them.
-_IGNORED = re.compile(r".*\binv_freq$")
+# bitsandbytes stores a constant beside its int8 weights.
+_IGNORED = re.compile(r".*\b(inv_freq|weight_format)$")
 _ORIGINAL_LAYER = "transformer.encoder.layers.{}."
 _HF_LAYER = "model.layers.{}."
 _ORIGINAL_NAMES = {
@@ -95,11 +97,19 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], tu
     for name, shape in parameter_shapes(config).items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in schemes:
-            parts = packed_tensor_shapes(shape[0], shape[1], schemes[module])
+            parts = stored_tensor_shapes(shape[0], shape[1], schemes[module])
             expected |= {f"{module}.{suffix}": part for suffix, part in parts.items()}
         else:
             expected[name] = (shape, FLOAT_DTYPES)
     return expected
+
+
+def stored_tensor_shapes(
+    out_features: int, in_features: int, scheme: QuantScheme
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Suffix to (shape, allowed dtypes) of the tensors of one linear that is stored quantized."""
+    shapes = packed_tensor_shapes if scheme.kind == "int" else bitsandbytes_tensor_shapes
+    return shapes(out_features, in_features, scheme)
 
 
 def quantized_linears(config: ModelConfig) -> dict[str, QuantScheme]:
@@ -125,7 +135,7 @@ def locate(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> tuple[dic
         used.add(source.entry.name)
         sources[name] = source
         where = source.entry
-        if source.shape != shape:
+        if not _fits(source.shape, shape):
             got = f"{list(source.shape)}" + ("" if source.last is None else f" (rows of {where.name})")
             problems.append(
                 Problem(
@@ -145,6 +155,10 @@ def locate(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> tuple[dic
                 Problem("not part of this model", "config.json is another model's?", entries[name].file.name, name)
             )
     return sources, problems
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(shape) == len(expected) and all(e in (ANY, s) for s, e in zip(shape, expected, strict=True))
 
 
 def _find(name: str, config: ModelConfig, entries: Mapping[str, TensorEntry]) -> Source | None:
@@ -186,6 +200,8 @@ def _scheme_problems(config: ModelConfig) -> list[Problem]:
     """Group sizes that do not divide K, in words instead of as shapes that do not fit."""
     problems = []
     for module, scheme in quantized_linears(config).items():
+        if scheme.kind != "int":
+            continue  # its library decides
         in_features = linear_shapes(config)[module][1]
         if scheme.group_size is not None and in_features % scheme.group_size:
             fitting = [str(g) for g in GROUP_SIZES if in_features % g == 0]

@@ -1,7 +1,8 @@
 """The commands, one file each: parse, one library call, render. And the one place where errors are printed.
 
-Generated text and JSON go to stdout, everything else to stderr. Starting without torch is part of the contract: the
-commands import what they run inside their functions.
+Generated text and JSON go to stdout, everything else to stderr. Starting fast and without torch is part of the
+contract: only the command that is asked for is imported (`lazy.COMMANDS` lists them), and what it runs it imports
+inside its functions.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 import typer
 
 from glm4run import __version__
-from glm4run.cli import bench, chat, check, eval, generate, info, quantize, tokenize, vram
 from glm4run.cli.console import say_error
+from glm4run.cli.lazy import CONTEXT_SETTINGS, LazyGroup
 from glm4run.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Glm4RunError
 
 DEBUG_FLAG = "--debug"
@@ -23,22 +24,13 @@ _PARSER_USAGE_ERROR, _PARSER_ERROR = typer.BadParameter.__mro__[1:3]
 
 app = typer.Typer(
     name="glm4run",
+    cls=LazyGroup,
     help="Run the GLM-4-9B chat models on your own machine, quantized, in the terminal.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=CONTEXT_SETTINGS,
 )
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("quantize")(quantize.quantize)
-app.command("vram")(vram.vram)
-app.command("bench")(bench.bench)
-app.command("eval")(eval.evaluate)
-app.command("tokenize")(tokenize.tokenize)
-app.command("info")(info.info)
-app.command("models")(info.models)
-app.command("check")(check.check)
 
 
 @app.callback(invoke_without_command=True)
@@ -61,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     try:
+        if arguments[:1] == ["chat"]:
+            from glm4run.cli.chat import name_resumed
+
+            arguments = name_resumed(arguments)
         result = app(args=arguments, prog_name="glm4run", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except Glm4RunError as error:

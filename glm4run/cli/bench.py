@@ -31,6 +31,7 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each test; the median counts")] = 3,
     backend: Annotated[str, typer.Option(help="Kernels of packed linears; several as native,torch")] = "auto",
     activations: options.Activations = "auto",
+    quantize_on_load: options.QuantizeOnLoad = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
@@ -50,6 +51,7 @@ def bench(
             device=device,
             backend=name,
             activations=activations,
+            quantize_on_load=quantize_on_load,
             dtype=dtype,
             ctx=str(longest),
             threads=threads,
@@ -85,11 +87,12 @@ class _Reading:
     def start(self) -> None:
         if self.probe is not None:
             return
-        from glm4run.benchmark import ReadProbe
+        from glm4run.benchmark import ReadProbe, remember_bandwidth
 
         self.probe = ReadProbe()
         with stderr_console().status("measuring the read bandwidth"):
             self.bandwidth = self.probe.best()
+        remember_bandwidth(self.bandwidth)
         threads = f"{self.bandwidth.threads} thread{'s' if self.bandwidth.threads > 1 else ''}"
         note(f"read bandwidth: {self.bandwidth.best_gb_per_s:.1f} GB/s with {threads}")
 

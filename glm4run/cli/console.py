@@ -1,4 +1,7 @@
-"""stdout for text and JSON, stderr for everything that is said about them."""
+"""stdout for text and JSON, stderr for everything that is said about them.
+
+rich is imported when there is something for stderr: many runs of the light commands say nothing there.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING, Any
 
 from glm4run.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def stderr_console() -> Console:
@@ -20,11 +22,15 @@ def stderr_console() -> Console:
 
     A terminal wraps at words; a pipe or a log gets each message as one line.
     """
+    from rich.console import Console
+
     return Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
 
 
 def talk(message: str, *, style: str = "", only: str = "") -> None:
     """One line to the user on stderr; `style` applies to the leading `only`, or to all of it."""
+    from rich.markup import escape
+
     if style and only and message.startswith(only):
         text = f"[{style}]{escape(only)}[/]{escape(message.removeprefix(only))}"
     else:
@@ -87,6 +93,15 @@ def byte_progress(what: str) -> Iterator[Any]:
     if not console.is_terminal:
         yield None
         return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -114,6 +129,8 @@ def token_progress(what: str, unit: str = "tokens") -> Iterator[Any]:
     if not console.is_terminal:
         yield None
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(f"{{task.completed}}/{{task.total}} {unit}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     task = progress.add_task(what, total=None)

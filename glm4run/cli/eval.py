@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from glm4run.reference_logits import SavedReference
 
 
-def evaluate(
+def eval(
     text: Annotated[Path, typer.Option(help="The text, a file in UTF-8", show_default=False)],
     model: Annotated[
         str | None, typer.Argument(help="Folder or name; default: the newest packed model, else the demo")
@@ -42,6 +42,7 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens of the text")] = None,
     backend: options.Backend = "auto",
     activations: options.Activations = "auto",
+    quantize_on_load: options.QuantizeOnLoad = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     threads: options.Threads = None,
@@ -58,7 +59,8 @@ def evaluate(
     content = read_text(text)
     common = {"device": device, "dtype": dtype, "threads": threads, "rope_theta": rope_theta, "yarn": yarn}
     saved = _open_saved(reference_logits)
-    _, loaded = options.load(model, backend=backend, activations=activations, ctx=ctx, **common)  # type: ignore[arg-type]
+    ours = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
+    _, loaded = options.load(model, ctx=ctx, **ours, **common)  # type: ignore[arg-type]
     against: LoadedModel | SavedReference | None = saved
     if reference is not None:
         _, against = options.load(reference, backend="auto", activations="auto", ctx=ctx, **common)  # type: ignore[arg-type]

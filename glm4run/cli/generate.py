@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,7 @@ def generate(
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     activations: options.Activations = "auto",
+    quantize_on_load: options.QuantizeOnLoad = None,
     dtype: options.Dtype = "auto",
     ctx: options.Ctx = None,
     threads: options.Threads = None,
@@ -62,6 +64,7 @@ def generate(
         device=device,
         backend=backend,
         activations=activations,
+        quantize_on_load=quantize_on_load,
         dtype=dtype,
         ctx=ctx,
         threads=threads,
@@ -80,6 +83,8 @@ def generate(
         seed=seed,
         stop=stop,
     )
+    if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
+        params = dataclasses.replace(params, recover=True)
     if input_file is not None and output_file is not None:
         return _run_batch(loaded, params, input_file, output_file, chat=chat, system=system, check_plan=check_plan)
     assert text is not None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.filesize import decimal
 
-from glm4run.cards import load_cards
 from glm4run.cli.console import byte_progress, note, talk
 from glm4run.config import read_config
 from glm4run.dialects import Dialect
-from glm4run.errors import CheckpointError, UsageError
+from glm4run.errors import UsageError
 from glm4run.memory import parse_size
-from glm4run.model_folders import FoundModel, chat_dialect, describe_report, find_model, read_provenance
+from glm4run.model_folders import (
+    FoundModel,
+    chat_dialect,
+    describe_report,
+    find_model,
+    no_chat_template,
+    read_provenance,
+)
 
 if TYPE_CHECKING:
     from glm4run import kernels
@@ -21,7 +26,16 @@ if TYPE_CHECKING:
     from glm4run.sampling import SamplingParams
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-Backend = Annotated[str, typer.Option(help="Kernels of packed linears: auto, native, torch or reference")]
+Backend = Annotated[
+    str,
+    typer.Option(help="Kernels of packed linears: auto, native, torch, reference, bitsandbytes or quanto"),
+]
+QuantizeOnLoad = Annotated[
+    str | None,
+    typer.Option(
+        help="Pack an unpacked model while it is loaded: nf4, fp4 or int8 (bitsandbytes), qint8 or qint4 (quanto)"
+    ),
+]
 Activations = Annotated[
     str, typer.Option(help="How activations meet packed weights: auto, int8 (fastest), int16 or bf16 (as they are)")
 ]
@@ -64,6 +78,7 @@ def load(
     threads: int | None,
     rope_theta: float | None,
     yarn: str,
+    quantize_on_load: str | None = None,
     needs_chat: bool = False,
 ) -> tuple[FoundModel, LoadedModel]:
     """Finds and loads the model, and says on stderr what was taken.
@@ -84,6 +99,7 @@ def load(
             device=device,
             backend=backend,
             activations=cast("kernels.Activations", activations),
+            quantize_on_load=quantize_on_load,
             threads=threads,
             dtype=dtype,
             context_len=context_len,
@@ -99,15 +115,13 @@ def require_chat(found: FoundModel) -> Dialect:
     """The chat dialect of a model folder. Raises CheckpointError for a base model, naming the chat variants."""
     dialect, _ = chat_dialect(found.folder, read_config(found.folder))
     if dialect is None:
-        chats = ", ".join(card.name for card in load_cards().values() if not card.is_base)
-        raise CheckpointError(
-            f"{found.name} has no chat template: a base model continues text and cannot hold a conversation",
-            hint=f"use a chat variant ({chats}); `chat --force` chats all the same, `generate` continues text",
-        )
+        raise no_chat_template(found.name)
     return dialect
 
 
 def _announce(found: FoundModel, loaded: LoadedModel) -> None:
+    from rich.filesize import decimal
+
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     note(
         f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "
@@ -150,6 +164,21 @@ def sampling_params(
     """The model's own defaults with what the user set."""
     from dataclasses import replace
 
+    given = given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
+    return replace(loaded.default_params(), **given)
+
+
+def given_sampling(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> dict[str, Any]:
+    """The fields of `SamplingParams` that the user set, by name."""
     given = {
         "max_new_tokens": max_tokens,
         "temperature": temperature,
@@ -160,5 +189,4 @@ def sampling_params(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    chosen = {key: value for key, value in given.items() if value is not None}
-    return replace(loaded.default_params(), **chosen)  # type: ignore[arg-type]  # the fields' own types, by name
+    return {key: value for key, value in given.items() if value is not None}

@@ -12,9 +12,19 @@ from typing import Annotated, TypeVar
 import typer
 
 from glm4run.cli import vram_files, vram_plot, vram_text
-from glm4run.cli.console import write_json, write_text
+from glm4run.cli.console import note, write_json, write_text
 from glm4run.errors import DoesNotFitError, UsageError
-from glm4run.memory import GIB, MIB, PREFILL_CHUNK, gib_text, parse_size
+from glm4run.memory import (
+    GIB,
+    MIB,
+    PREFILL_CHUNK,
+    Reserve,
+    calibrated_cpu,
+    gib_text,
+    parse_reserve,
+    parse_size,
+)
+from glm4run.memory.calibration import calibration_file
 from glm4run.qformat import GROUP_SIZES
 from glm4run.vram.answers import Question, cards_that_fit, longest_contexts, make_rows
 from glm4run.vram.choices import BITS, Choice, Subject, default_bits, find_subject
@@ -41,11 +51,20 @@ def vram(
     chunk: Annotated[str, typer.Option(help="Tokens of a prompt fed at once")] = str(PREFILL_CHUNK),
     draft: Annotated[str | None, typer.Option(help="Speculation (an estimate): ngram, or a draft model")] = None,
     draft_tokens: Annotated[int, typer.Option(min=1, help="Tokens drafted at once, with --draft")] = 4,
+    every_logits: Annotated[
+        bool, typer.Option("--every-logits", help="Keep the logits of all positions, as LoadedModel.logits does")
+    ] = False,
     gpu: Annotated[str, typer.Option(help="auto, cpu, all, a GPU's name, or a size such as 12GB")] = "auto",
     gpus: Annotated[int, typer.Option(min=1, help="Split over this many such GPUs (an estimate)")] = 1,
     split: Annotated[str, typer.Option(help="pp: whole layers to each GPU; tp: every layer cut")] = "pp",
     offload: Annotated[int, typer.Option(min=0, help="Layers kept in RAM (an estimate)")] = 0,
     context_mib: Annotated[int | None, typer.Option(min=0, help="CUDA context of the device in MiB, if known")] = None,
+    reserve: Annotated[
+        str, typer.Option(help="Memory to leave free: 3% of the device, or a size such as 500MiB")
+    ] = "0",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="First measure this machine's overheads, and keep them for later plans")
+    ] = False,
     runtime: Annotated[str, typer.Option(help=f"Compare with: {', '.join(RUNTIMES[1:])}")] = RUNTIMES[0],
     max_ctx: Annotated[bool, typer.Option("--max-ctx", help="Only the longest context of each choice")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Every term of one plan, with its formula")] = False,
@@ -70,10 +89,13 @@ def vram(
         batch=batch,
         chunk=_tokens("--chunk", chunk),
         drafted_tokens=0 if draft is None else draft_tokens,
+        every_logits=every_logits,
         gpus=gpus,
         split=_one_of("--split", split, ("pp", "tp")),
         offloaded_layers=offload,
     )
+    if calibrate:
+        _calibrate(gpu)
     question = Question(
         subject,
         resolve_target(LARGEST_CARD if gpu == "all" else gpu),
@@ -81,6 +103,7 @@ def vram(
         _choices(template, subject, bits, kv_bits, head_bits),
         None if context_mib is None else context_mib * MIB,
         None if draft in (None, "ngram") else find_subject(draft),
+        _reserve(reserve),
     )
     _require_gpu_options(question.target, template)
     for path, kind in ((svg, "svg"), (png, "png")):
@@ -138,7 +161,7 @@ def _verdict(question: Question, *, theirs: list[Theirs], max_ctx: bool, all_car
     if any(row.fits for row in rows):
         return 0
     least = min(rows, key=lambda row: row.plan.peak_bytes)
-    needed, free = least.plan.peak_bytes / GIB, question.target.free_bytes / GIB
+    needed, free = least.plan.peak_bytes / GIB, question.free_bytes / GIB
     raise DoesNotFitError(
         f"needs {needed:.2f} GiB, {free:.2f} free on {question.target.name}: short {gib_text(-least.headroom_bytes)}",
         hint="what helps is listed above; `--gpu all` names cards that do",
@@ -215,6 +238,32 @@ def _tokens(option: str, text: str) -> int:
         return parse_size(text)
     except ValueError:
         raise UsageError(f"{option} {text!r} is not a size", hint="a number of tokens: 8192, 8k or 128k") from None
+
+
+def _reserve(text: str) -> Reserve:
+    try:
+        return parse_reserve(text)
+    except ValueError:
+        raise UsageError(f"--reserve {text!r} is no amount of memory", hint="3%, 500MiB or 1GB") from None
+
+
+def _calibrate(gpu: str) -> None:
+    """Measures the device that `--gpu` means, and says where that is kept."""
+    from glm4run.calibrate import calibrate
+
+    if gpu not in ("auto", "cpu"):
+        raise UsageError("--calibrate measures this machine, and --gpu names another device", hint="leave out --gpu")
+    target = resolve_target(gpu)
+    if not target.is_supported:
+        raise UsageError(f"glm4run does not run on {target.name} yet", hint="--gpu cpu")
+    on_cpu = target.device == "cpu"
+    found = calibrate(calibrated_cpu() if on_cpu else target.name, target.device, note)
+    what = (
+        f"process {found.context_bytes / MIB:.0f} MiB and {found.later_bytes / MIB:.0f} later"
+        if on_cpu
+        else (f"device context {found.context_bytes / MIB:.0f} MiB, slack {(found.slack_bytes or 0) / MIB:.0f} MiB")
+    )
+    note(f"measured: {what}; kept in {calibration_file()}")
 
 
 def _require_one_form(*forms: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -32,9 +33,11 @@ def as_json(question: Question, *, theirs: Sequence[Theirs] = (), with_cards: bo
         "name": target.name,
         "total_bytes": target.total_bytes,
         "free_bytes": target.free_bytes,
+        "reserved_bytes": question.reserve.of(target.total_bytes),
         "source": target.source,
         "holders": [{"pid": h.pid, "name": h.name, "bytes": h.bytes} for h in target.holders],
         "notes": list(target.notes),
+        "calibration": None if target.calibration is None else dataclasses.asdict(target.calibration),
     }
     short = None if any(row.fits for row in rows) else max(rows, key=lambda row: row.headroom_bytes)
     best = recommend(question)

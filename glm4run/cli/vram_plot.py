@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from glm4run.vram.answers import Question
 
 CARD_SIZES_GIB = (8, 12, 16, 24, 32, 48, 80)
 HEIGHT = 18  # lines of the chart
-POINTS = 48  # contexts of an image
+POINTS = 128  # contexts of an image
+LABEL_GAP = 0.045  # of an image's height, between the labels beside its curves
+KV_LINES = {16: "-", 8: "--", 4: ":"}
 MARGIN = 8  # columns of the scale on the left
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -26,7 +31,7 @@ def chart(question: Question, width: int) -> Iterator[str]:
     contexts = [max(1, limit * (i + 1) // columns) for i in range(columns)]
     curves = [_curve(question, i, contexts) for i in range(len(question.choices))]
     lowest, highest = _bounds(question, curves)
-    free = question.target.free_bytes / GIB
+    free = question.free_bytes / GIB
     grid = [[" "] * columns for _ in range(HEIGHT)]
     scale = {}
     for size in CARD_SIZES_GIB:
@@ -61,10 +66,10 @@ def _curve(question: Question, index: int, contexts: Sequence[int]) -> list[floa
 def _bounds(question: Question, curves: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The curves, and the device's free memory where it is not far from them."""
     lowest, highest = min(map(min, curves)), max(map(max, curves))
-    free = question.target.free_bytes / GIB
+    free = question.free_bytes / GIB
     if 0.5 * lowest <= free <= 1.5 * highest:
         lowest, highest = min(lowest, free), max(highest, free)
-    return lowest, max(highest, lowest + 0.5)
+    return lowest, max(highest, 1.1 * lowest)
 
 
 def _line_of(gib: float, lowest: float, highest: float) -> int:
@@ -73,33 +78,89 @@ def _line_of(gib: float, lowest: float, highest: float) -> int:
 
 
 def write_image(question: Question, path: Path, kind: str) -> None:
-    """The chart as `kind` (svg or png).
+    """The chart as `kind` (svg or png); whatever was at `path` is replaced once the new one is complete.
 
     Raises:
         Glm4RunError: matplotlib is not installed, or the file cannot be written.
     """
     try:
+        matplotlib: Any = importlib.import_module("matplotlib")
         figure_module: Any = importlib.import_module("matplotlib.figure")
     except ImportError:
         raise Glm4RunError(
             f"a chart as {kind.upper()} needs matplotlib", hint="pip install 'glm4run[plot]', or use --plot"
         ) from None
-    limit = max(question.contexts)
-    contexts = [max(1, limit * (i + 1) // POINTS) for i in range(POINTS)]
-    figure = figure_module.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for index, choice in enumerate(question.choices):
-        axes.plot(contexts, _curve(question, index, contexts), label=choice_text(choice, question.choices))
-    top = axes.get_ylim()[1]
-    for size in CARD_SIZES_GIB:
-        if size <= top:
-            axes.axhline(size, color="0.8", linewidth=0.8, zorder=0)
-    axes.axhline(question.target.free_bytes / GIB, color="black", linestyle="--", label=question.target.name)
-    axes.set_xlabel("context in tokens")
-    axes.set_ylabel("GiB at the peak")
-    axes.set_title(question.subject.name)
-    axes.legend()
+    image = io.BytesIO()
+    # The same question gives the same file: no date, no random names inside.
+    with matplotlib.rc_context({"svg.hashsalt": "glm4run", "svg.fonttype": "none"}):
+        figure = figure_module.Figure(figsize=(9, 5.4), dpi=130, layout="constrained")
+        _draw(question, figure.add_subplot())
+        figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(path, format=kind)
+        beside.write_bytes(image.getvalue())
+        beside.replace(path)
     except OSError as error:
-        raise Glm4RunError(f"cannot write {path}: {error}") from error
+        beside.unlink(missing_ok=True)
+        raise Glm4RunError(f"cannot write {path}: {error.strerror or error}", hint="another folder?") from error
+
+
+def _draw(question: Question, axes: Any) -> None:
+    """The curves with their names at their ends, ticks and thin lines at the card sizes, what is free of the device."""
+    limit, target = max(question.contexts), question.target
+    contexts = sorted({1, *(max(1, limit * (i + 1) // POINTS) for i in range(POINTS))})
+    curves = [_curve(question, index, contexts) for index in range(len(question.choices))]
+    lowest, highest = _bounds(question, curves)
+    margin = 0.06 * (highest - lowest)
+    bottom, top = max(0.0, lowest - margin), highest + margin
+    weights = list(dict.fromkeys((choice.label, choice.head_bits) for choice in question.choices))
+    labels = []
+    for choice, curve in zip(question.choices, curves, strict=True):
+        color = f"C{weights.index((choice.label, choice.head_bits)) % 10}"
+        axes.plot(contexts, curve, color=color, linestyle=KV_LINES[choice.kv_bits])
+        labels.append((curve[-1], choice_text(choice, question.choices), color))
+    free = question.free_bytes / GIB
+    if bottom <= free <= top:
+        axes.axhline(free, color="black", linewidth=1.2, zorder=1)
+        labels.append((free, f"{free:.2f} GiB to take", "black"))
+    sizes = [size for size in CARD_SIZES_GIB if bottom <= size <= top]
+    for size in sizes:
+        axes.axhline(size, color="0.85", linewidth=0.8, zorder=0)
+    if len(sizes) > 1:
+        axes.set_yticks(sizes)
+        axes.yaxis.set_minor_locator(importlib.import_module("matplotlib.ticker").MultipleLocator(1))
+    axes.set_xlim(0, limit)
+    axes.set_ylim(bottom, top)
+    step = max(1, limit // 8)
+    ticks = [*range(0, limit - step // 2, step), limit]
+    axes.set_xticks(ticks, ["0", *(tokens_text(tick) for tick in ticks[1:])])
+    for y, (at, text, color) in zip(_apart([label[0] for label in labels], top - bottom), labels, strict=True):
+        axes.annotate(
+            text,
+            xy=(limit, at),
+            xytext=(limit * 1.03, y),
+            color=color,
+            verticalalignment="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 0},
+        )
+    star = "\n* estimated: this version does not run it yet" if any(c.estimated for c in question.choices) else ""
+    axes.set_xlabel(f"context in tokens{star}")
+    axes.set_ylabel("GiB at the peak; lines at common card sizes" if sizes else "GiB at the peak")
+    axes.set_title(f"{question.subject.name} on {target.name}: {free:.2f} GiB to take", loc="left", fontsize="medium")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _apart(values: Sequence[float], height: float) -> list[float]:
+    """Where labels of `values` go so that none covers another: in their order, as near as the gaps allow."""
+    gap = LABEL_GAP * height
+    placed = list(values)
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    for _ in range(8 * len(values)):  # neighbours that are too near push each other away
+        for lower, upper in pairwise(order):
+            missing = gap - (placed[upper] - placed[lower])
+            if missing > 1e-9:
+                placed[lower] -= missing / 2
+                placed[upper] += missing / 2
+    return placed

@@ -50,6 +50,12 @@ def heading(question: Question, width: int) -> Lines:
     yield from wrap(
         f"{gib_text(target.free_bytes)} of {gib_text(target.total_bytes)} GiB {unit} ({target.source})", width
     )
+    reserved = question.reserve.of(target.total_bytes)
+    if reserved:
+        yield from wrap(f"  of it {gib_text(reserved)} GiB are left free (--reserve)", width, indent="  ")
+    if target.calibration is not None:
+        what = "process" if target.device == "cpu" else "CUDA context and slack"
+        yield from wrap(f"  {what} measured here on {target.calibration.date} (--calibrate)", width, indent="  ")
     for holder in target.holders[:4]:
         yield from wrap(f"  {holder.name} (process {holder.pid}) holds {holder.bytes // MIB} MiB", width)
     for note in target.notes:
@@ -112,17 +118,20 @@ def _speed_lines(question: Question, rows: Sequence[Row], width: int) -> Lines:
         known = [row for row in rows if row.choice == choice and row.fits and row.speed is not None]
         for row in (known[:1] + known[-1:]) if len(known) > 1 else known:
             assert row.speed is not None
-            low, high = row.speed.decode_tok_per_s
-            speeds.append(f"{choice.label} {low:.0f}-{high:.0f} at {context_text(row.plan.context_len)}")
+            low, high = (_speed_text(value) for value in row.speed.decode_tok_per_s)
+            speeds.append(f"{choice.label} {low}-{high} at {context_text(row.plan.context_len)}")
     if speeds:
         yield from wrap(f"decode, tok/s: {', '.join(speeds)}", width)
-        yield from wrap(
-            "  from an eager torch runtime to the best engine measured on this class of device; see docs/vram.md",
-            width,
-            indent="  ",
-        )
+        source = "from an eager torch runtime to the best engine measured on this class of device"
+        if question.target.device == "cpu":
+            source = "70 to 93 % of the read bandwidth that was measured here"
+        yield from wrap(f"  {source}; see docs/vram.md", width, indent="  ")
     elif question.target.device == "cpu":
-        yield from wrap("speed on a CPU depends on its memory: `glm4run bench` measures it", width)
+        yield from wrap("speed on a CPU depends on its memory: `glm4run vram --calibrate` measures that", width)
+
+
+def _speed_text(tok_per_s: float) -> str:
+    return f"{tok_per_s:.0f}" if tok_per_s >= 10 else f"{tok_per_s:.1f}"
 
 
 def next_command(question: Question, width: int) -> Lines:
@@ -154,7 +163,8 @@ def remedies(question: Question, rows: Sequence[Row], width: int) -> Lines:
         f"is short {gib_text(-row.headroom_bytes)} GiB. What helps, the least loss first, each on top of the others:",
         width,
     )
-    for remedy in ladder(question, choice, context_len):
+    steps = ladder(question, choice, context_len)
+    for remedy in steps:
         mark, star = "+" if remedy.fits else "-", "" if remedy.runs_now else "*"
         yield from wrap(
             f"  {mark} {gib_text(remedy.plan_bytes):>6} ({gib_text(-remedy.saved_bytes)})  {remedy.what}{star} "
@@ -162,6 +172,8 @@ def remedies(question: Question, rows: Sequence[Row], width: int) -> Lines:
             width,
             indent="     ",
         )
+    if not all(step.runs_now for step in steps):
+        yield from wrap("  * estimated; this version does not run it yet", width, indent="    ")
     longest = longest_context(question, choice)
     as_is = f"{longest.tokens} tokens" if longest.tokens else "none"
     yield from wrap(f"  longest context that fits as it is: {as_is}", width)
@@ -215,10 +227,10 @@ def explain(question: Question, row: Row, width: int) -> Lines:
         yield line if len(line.rstrip()) <= width else f"{term.bytes / MIB:>10.2f} MiB {term.name}"
         indent = " " * (18 if width >= NARROW else 2)
         yield from wrap(f"{indent}{term.formula}", width, indent=indent)
-    held = question.target.total_bytes - question.target.free_bytes
+    held = question.target.total_bytes - question.free_bytes
     for nbytes, what in (
         (plan.peak_bytes, f"the plan's peak, {gib_text(plan.peak_bytes)} GiB"),
-        (held, "taken already or not usable"),
+        (held, "taken already, not usable, or left free"),
         (row.headroom_bytes, "to spare" if row.fits else "short"),
         (question.target.total_bytes, "the device"),
     ):

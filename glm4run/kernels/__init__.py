@@ -7,7 +7,7 @@ To add one: a module with a class that has these members, and a line in `_BACKEN
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal, Protocol, get_args
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glm4run.errors import BackendError, UsageError
 from glm4run.qformat import PackedWeight
-from glm4run.quant_config import QuantScheme
+from glm4run.quant_config import Kind, QuantScheme
 
 # How activations meet a packed weight: rounded to int8 or int16 on the fly, which is faster on a CPU, or left as they
 # are (bf16, or whatever float dtype the model computes in).
@@ -56,7 +56,10 @@ class FileRange:
 
 
 class WeightSource(Protocol):
-    """A packed weight that may still lie in its file. `PackedWeight` is one that does not."""
+    """A weight that may still lie in its file. `PackedWeight` is one that does not.
+
+    A weight of kind `int` gives its parts by name; one of another library's gives what is stored, for that library.
+    """
 
     @property
     def scale_dtype(self) -> torch.dtype: ...
@@ -69,6 +72,10 @@ class WeightSource(Protocol):
         """Scales and packed zero points alone."""
         ...
 
+    def stored(self) -> Mapping[str, Tensor]:
+        """Every stored tensor of the linear but its bias, by suffix: just `weight` where it is not quantized yet."""
+        ...
+
     def location(self) -> FileRange | None:
         """Where the packed values are, for a backend that reads them itself; None where they are in memory."""
         ...
@@ -79,6 +86,10 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of weights that it reads; it is never asked about others."""
+        ...
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         """None if this backend can run `spec` on this machine, else the reason in one clause."""
@@ -110,6 +121,8 @@ _BACKENDS = {
     "native": ("glm4run.kernels.cpu.backend", "NativeBackend"),
     "torch": ("glm4run.kernels.torch_ops", "TorchBackend"),
     "reference": ("glm4run.kernels.reference", "ReferenceBackend"),
+    "bitsandbytes": ("glm4run.kernels.bitsandbytes", "BitsandbytesBackend"),
+    "quanto": ("glm4run.kernels.quanto", "QuantoBackend"),
 }
 BACKEND_NAMES = tuple(_BACKENDS)
 
@@ -141,11 +154,20 @@ def select_backend(name: str, specs: Iterable[LinearSpec]) -> tuple[Backend, str
         backend = load_backend(candidate)
         reason = _first_reason(backend, wanted)
         if reason is None:
-            return backend, "; ".join(refused) or "the fastest that is built in"
-        refused.append(f"{candidate} cannot: {reason}")
+            return backend, "; ".join(refused) or _why_first(wanted)
+        if any(spec.scheme.kind in backend.kinds for spec in wanted):
+            refused.append(f"{candidate} cannot: {reason}")
     raise BackendError(f"no backend can run this model: {'; '.join(refused)}")
 
 
+def _why_first(specs: list[LinearSpec]) -> str:
+    foreign = next((spec.scheme.kind for spec in specs if spec.scheme.kind != "int"), None)
+    return "the fastest that is built in" if foreign is None else f"it reads {foreign}"
+
+
 def _first_reason(backend: Backend, specs: list[LinearSpec]) -> str | None:
+    foreign = next((spec.scheme for spec in specs if spec.scheme.kind not in backend.kinds), None)
+    if foreign is not None:
+        return f"it reads {', '.join(backend.kinds)}, not {foreign.describe()}"
     reasons = (backend.why_unavailable(spec) for spec in specs)
     return next((reason for reason in reasons if reason is not None), None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glm4run.kernels import LinearSpec, Prepacked, WeightSource
 from glm4run.qformat import PackedWeight, dequantize
+from glm4run.quant_config import Kind
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ReferenceBackend:
     """Runs everything, everywhere."""
 
     name = "reference"
+    kinds: tuple[Kind, ...] = ("int",)
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         return "activations stay as they are in it" if spec.activations in ("int8", "int16") else None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glm4run.kernels import LinearSpec, Prepacked, WeightSource
 from glm4run.qformat import PackedWeight, dequantize, num_groups, unpack_unsigned, unpack_zero_points
+from glm4run.quant_config import Kind
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES = 2 << 20  # of float32: half of it and the packed bytes stay in a core's L2
@@ -55,6 +56,7 @@ class TorchBackend:
     """What torch alone can do, on CPU and CUDA."""
 
     name = "torch"
+    kinds: tuple[Kind, ...] = ("int",)
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         if spec.activations in ("int8", "int16"):

@@ -8,11 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from glm4run.machine import has_cpu_flag
 from glm4run.memory.sizes import MIB
 from glm4run.qformat import num_groups, packed_width
 from glm4run.quant_config import QuantScheme
 
-Kernel = Literal["dense", "int4", "tiled", "native", "reference", "nf4"]  # nf4: estimated, not in this version
+# Of other libraries (kernels/bitsandbytes.py, kernels/quanto.py): bnb4 dequantizes at each call, bnb4_cpu reads the
+# packed weight; qint4 and qint8 likewise dequantize, and with _packed run torch's kernels.
+Foreign = Literal["bnb4", "bnb4_cpu", "llm_int8", "qint4", "qint4_packed", "qint8", "qint8_packed"]
+Kernel = Literal["dense", "int4", "tiled", "native", "reference", Foreign]
+BNB_CPU_FLAG, BNB_CPU_ROWS = "avx512_bf16", 32  # what bitsandbytes' packed CPU kernel needs
+BNB_CODE_BYTES = 16 * 4
+QUANTO_PACKED_GROUP, QUANTO_PACKED_ROWS, QUANTO_INT8_COLUMNS = 128, 16, 4
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES, CUDA_TILE_BYTES = 2 * MIB, 64 * MIB  # of float32, as kernels/torch_ops.py has them
 PANEL_ROWS, PANEL_COLUMNS = 16, 32  # of kernels/cpu/src/layout.h
@@ -46,7 +53,9 @@ def choose_kernel(linear: Linear, *, backend: str, device: str, dtype: str) -> K
     """The kernel that `backend` runs a linear with. `device` is cpu or cuda, `dtype` what the linear is fed."""
     if linear.scheme is None:
         return "dense"
-    named: dict[str, Kernel] = {"native": "native", "reference": "reference", "nf4": "nf4"}
+    if linear.scheme.kind != "int":
+        return _choose_foreign(linear, linear.scheme, device=device, dtype=dtype)
+    named: dict[str, Kernel] = {"native": "native", "reference": "reference"}
     if backend in named:
         return named[backend]
     group = linear.scheme.group_size
@@ -57,11 +66,29 @@ def choose_kernel(linear: Linear, *, backend: str, device: str, dtype: str) -> K
     return "int4" if linear.out_features % 16 == 0 else "tiled"
 
 
+def _choose_foreign(linear: Linear, scheme: QuantScheme, *, device: str, dtype: str) -> Kernel:
+    if scheme.kind == "llm_int8":
+        return "llm_int8"
+    if scheme.kind == "qint8":
+        packed = device == "cpu" and dtype == "bf16" and linear.in_features % QUANTO_INT8_COLUMNS == 0
+        return "qint8_packed" if packed else "qint8"
+    if scheme.kind == "qint4":
+        fits = scheme.group_size == QUANTO_PACKED_GROUP and linear.out_features % QUANTO_PACKED_ROWS == 0
+        return "qint4_packed" if dtype == "bf16" and fits else "qint4"
+    fits = linear.out_features % BNB_CPU_ROWS == 0
+    return "bnb4_cpu" if device == "cpu" and dtype == "bf16" and fits and has_cpu_flag(BNB_CPU_FLAG) else "bnb4"
+
+
 def kept_bytes(linear: Linear, kernel: Kernel, dtype_bytes: int, stored_bytes: int | None = None) -> int:
-    """What stays in memory of a weight, without its bias. `stored_bytes` where the scales are not 16 bits wide."""
+    """What stays in memory of a weight, without its bias. `stored_bytes` where the scales are not 16 bits wide.
+
+    `dtype_bytes`: of what the linear is fed.
+    """
     out_features, in_features = linear.out_features, linear.in_features
     if linear.scheme is None:
         return out_features * in_features * dtype_bytes
+    if linear.scheme.kind != "int":
+        return _foreign_bytes(linear, kernel, dtype_bytes)
     stored = linear.stored_bytes if stored_bytes is None else stored_bytes
     if kernel == "int4":  # scale and zero as bf16 pairs
         return out_features * in_features // 2 + 4 * out_features * linear.groups
@@ -70,9 +97,24 @@ def kept_bytes(linear: Linear, kernel: Kernel, dtype_bytes: int, stored_bytes: i
         per_group = PANEL_ROWS * (scale_bytes + (0 if linear.scheme.symmetric else 1))
         values = _up(in_features, PANEL_COLUMNS) * PANEL_ROWS * linear.scheme.bits // 8
         return -(-out_features // PANEL_ROWS) * (_up(per_group * linear.groups, 64) + _up(values, 64))
-    if kernel == "nf4":  # a float32 maximum per group
-        return out_features * in_features // 2 + 4 * out_features * linear.groups
     return stored
+
+
+def _foreign_bytes(linear: Linear, kernel: Kernel, dtype_bytes: int) -> int:
+    """Values and scales as bitsandbytes and optimum-quanto keep them."""
+    count, scales = linear.out_features * linear.in_features, linear.out_features * linear.groups
+    if kernel == "bnb4":  # a float32 maximum per block
+        return count // 2 + 4 * scales + BNB_CODE_BYTES
+    if kernel == "bnb4_cpu":  # rounded to bf16
+        return count // 2 + 2 * scales + BNB_CODE_BYTES
+    if kernel == "llm_int8":
+        return count + 4 * linear.out_features
+    if kernel in ("qint8", "qint8_packed"):
+        return count + dtype_bytes * linear.out_features
+    if kernel == "qint4_packed":
+        return count // 2 + 2 * dtype_bytes * scales
+    # The first half of the (grouped) rows lies in the low halves of the bytes, the second in the high ones.
+    return -(-scales // 2) * (count // scales) + 2 * dtype_bytes * scales
 
 
 def scale_bytes(linear: Linear, kernel: Kernel, kept: int) -> int:
@@ -87,12 +129,12 @@ def scale_bytes(linear: Linear, kernel: Kernel, kept: int) -> int:
 def kernel_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device: str, dtype_bytes: int) -> int:
     """What one product of `tokens` rows needs beside input and output, at its peak."""
     out_features, in_features = linear.out_features, linear.in_features
-    if kernel in ("dense", "int4") or linear.scheme is None:
+    if kernel in ("dense", "int4", "qint4_packed", "qint8_packed") or linear.scheme is None:
         return 0
+    if linear.scheme.kind != "int":
+        return _foreign_scratch_bytes(linear, kernel, tokens, device=device, dtype_bytes=dtype_bytes)
     if kernel == "native":  # quantized activations, at most two bytes a value, with their scales and sums
         return tokens * _up(in_features, 64) * 2 + 8 * tokens * (in_features // 32 + 1)
-    if kernel == "nf4":  # the dense weight of a product of several rows
-        return out_features * in_features * dtype_bytes if tokens > 1 else 0
     if kernel == "reference":
         return _dequantize_bytes(linear, out_features, dtype_bytes)
     tile = CUDA_TILE_BYTES if device == "cuda" else CPU_TILE_BYTES
@@ -102,6 +144,19 @@ def kernel_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device:
     # While one tile's product is written, its dense weight is there; the next tile is made after it is gone.
     product = rows * in_features * compute + tokens * rows * compute
     return widened + max(_dequantize_bytes(linear, rows, compute), product)
+
+
+def _foreign_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device: str, dtype_bytes: int) -> int:
+    count = linear.out_features * linear.in_features
+    if kernel == "bnb4":  # a GPU multiplies one row by the packed weight
+        return 0 if device == "cuda" and tokens == 1 else count * dtype_bytes
+    if kernel == "bnb4_cpu":
+        return 2 * tokens * linear.in_features
+    if kernel == "llm_int8":  # x in fp16, its absolute values, quantized; int32 and float32 products
+        return tokens * (linear.in_features * 8 + linear.out_features * 12)
+    if kernel == "qint8":
+        return count * dtype_bytes
+    return count * (2 + 2 * dtype_bytes)  # qint4: unpacked halves and values, scaled, shifted
 
 
 def _dequantize_bytes(linear: Linear, rows: int, dtype_bytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm4run.memory.calibration import Calibration
 from glm4run.memory.sizes import MIB
 from glm4run.memory.terms import Kind
 
@@ -13,7 +14,7 @@ PROCESS_BYTES = 224 * MIB
 # Pages of the libraries that are touched only while loading and running. Source: measured, docs/vram.md.
 LATER_BYTES = 23 * MIB
 # Memory of a loaded tokenizer, for each byte of its file, or of the family's token. Source: measured, docs/vram.md.
-TOKENIZER_JSON_FACTOR, TOKENIZER_MODEL_FACTOR, TOKENIZER_BYTES_PER_TOKEN = 16.0, 46.0, 800
+TOKENIZER_JSON_FACTOR, TOKENIZER_MODEL_FACTOR, TOKENIZER_BYTES_PER_TOKEN = 11.0, 38.5, 670
 # CUDA context and cuBLAS of a process. Source: 451-456 MiB on an RTX 4090 (ggml-org/llama.cpp pull request 15860).
 DEVICE_CONTEXT_BYTES = 450 * MIB
 CUBLAS_BYTES = 32 * MIB  # of it, taken by the first product
@@ -28,12 +29,16 @@ class Overhead:
     kind: Kind
     formula: str
     held_bytes: int = 0  # what is taken already, and so is not part of what is still free
+    slack_bytes: int = 0  # what a GPU's allocator was measured to reserve beyond the planned tensors
 
 
-def process_overhead(measured_bytes: int | None, tokenizer: int) -> Overhead:
+def process_overhead(measured_bytes: int | None, tokenizer: int, calibration: Calibration | None = None) -> Overhead:
     """Of a run on the CPU: what the process holds already, or what it usually does, and its tokenizer."""
-    later = LATER_BYTES + tokenizer
+    later = (LATER_BYTES if calibration is None else calibration.later_bytes) + tokenizer
     formula = f"and its tokenizer, about {tokenizer / MIB:.0f} MiB"
+    if measured_bytes is None and calibration is not None:
+        formula = f"interpreter and torch, measured here on {calibration.date}, {formula}"
+        return Overhead("process", calibration.context_bytes + later, "measured", formula)
     if measured_bytes is None:
         return Overhead("process", PROCESS_BYTES + later, "modelled", f"interpreter, torch, {formula}")
     return Overhead("process", measured_bytes + later, "measured", f"held before loading, {formula}", measured_bytes)
@@ -48,8 +53,15 @@ def tokenizer_bytes(folder: Path | None, vocab_size: int) -> int:
     return TOKENIZER_BYTES_PER_TOKEN * vocab_size
 
 
-def device_overhead(context_bytes: int | None = None, *, is_open: bool = False) -> Overhead:
+def device_overhead(
+    context_bytes: int | None = None, *, is_open: bool = False, calibration: Calibration | None = None
+) -> Overhead:
     """Of a run on a GPU: the CUDA context and cuBLAS. `is_open`: the context is there already."""
+    if context_bytes is None and calibration is not None:
+        formula = f"CUDA context and cuBLAS, measured here on {calibration.date}"
+        held = max(0, calibration.context_bytes - CUBLAS_BYTES) if is_open else 0
+        slack = calibration.slack_bytes or 0
+        return Overhead("device_context", calibration.context_bytes, "measured", formula, held, slack)
     if context_bytes is None:
         held = DEVICE_CONTEXT_BYTES - CUBLAS_BYTES if is_open else 0
         formula = "CUDA context and cuBLAS of one process"

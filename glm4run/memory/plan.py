@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from glm4run.config import ModelConfig
 from glm4run.memory.allocator import reserved_for_equal
+from glm4run.memory.heap import kept_block_bytes
 from glm4run.memory.overhead import Overhead
 from glm4run.memory.sizes import MIB, tokens_text
 from glm4run.memory.terms import PREFILL_CHUNK, Kind, MemoryPlan, Term
 from glm4run.memory.weights import Weights
-from glm4run.memory.workspace import Compute, forward_peak
+from glm4run.memory.workspace import MAX_LOGITS_BYTES, Compute, forward_peak
 
 SMALLER_CHUNKS = (256, 128, 64)  # what a context that would not fit otherwise is tried with
 RUNTIME_KV_BITS = (16,)  # what this version's cache can hold; vram also estimates 8 and 4
@@ -24,7 +25,7 @@ HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is
 # Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
 FRAGMENTATION_BYTES = 64 * MIB
 # What glibc's heap keeps of tensors that came and went, as a share of them. Source: measured, docs/vram.md.
-HEAP_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 32 * MIB
+HEAP_SLACK_SHARE, LOADING_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 16, 16 * MIB
 
 ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
 LOGITS = ("logits", "logits in float32", "sampling")
@@ -44,6 +45,7 @@ class Run:
     chunk: int = PREFILL_CHUNK
     kv_bits: int = 16
     logits_rows: int = 1  # k + 1 where k drafted tokens are verified at once
+    every_logits: bool = False  # the logits of every position are kept, as `LoadedModel.logits` returns them
     extra_terms: Callable[[int], tuple[Term, ...]] = _nothing_more  # at a context: a draft model, other buffers
     not_here: Mapping[str, int] = dataclasses.field(default_factory=dict)  # weight classes kept elsewhere, in bytes
 
@@ -62,6 +64,11 @@ def kv_row_bytes(head_dim: int, kv_bits: int, dtype_bytes: int) -> int:
     return {16: head_dim * dtype_bytes, 8: head_dim + 2, 4: head_dim // 2 + 4}[kv_bits]
 
 
+def every_logits_bytes(config: ModelConfig, tokens: int) -> int:
+    """Float32 logits of every position, as `LoadedModel.logits` returns them."""
+    return 4 * config.vocab_size * tokens
+
+
 def plan_run(run: Run, context_len: int) -> MemoryPlan:
     """The plan of sequences of up to `context_len` tokens. No term shrinks as the context, batch or chunk grows."""
     compute, config = run.compute, run.config
@@ -69,11 +76,12 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     rows = 2 * config.num_hidden_layers * config.num_key_value_heads
     row_bytes = kv_row_bytes(config.head_dim, run.kv_bits, compute.dtype_bytes)
     kv_cache = rows * row_bytes * context_len * compute.batch
-    moment = forward_peak(compute, chunk, context_len, logits_rows=run.logits_rows)
+    moment = forward_peak(compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits)
     attention = sum(moment.tensors.get(name, 0) for name in ATTENTION)
     logits = sum(moment.tensors.get(name, 0) for name in LOGITS)
     weights = _weight_terms(run)
-    staying = sum(term.bytes for term in weights) + kv_cache + moment.bytes
+    result = every_logits_bytes(config, context_len) * compute.batch if run.every_logits else 0
+    staying = sum(term.bytes for term in weights) + kv_cache + moment.bytes + result
     per_tensor = f"2 x {config.num_hidden_layers} layers x {config.num_key_value_heads} KV heads x {row_bytes} B"
     batch = f" x {compute.batch} sequences" if compute.batch > 1 else ""
     kv_kind: Kind = "exact" if run.kv_bits in RUNTIME_KV_BITS else "modelled"
@@ -87,7 +95,8 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
             f"the other tensors of a {chunk}-token chunk's fullest step ({moment.step})",
         ),
         Term("attention", attention, "modelled", _attention_formula(moment.tensors, context_len)),
-        Term("logits", logits, "modelled", f"{run.logits_rows} positions; 0 where another step is the fullest"),
+        Term("logits", logits, "modelled", _logits_formula(run)),
+        *(_every_logits_term(run, context_len, result) if run.every_logits else ()),
         *run.extra_terms(context_len),
         Term(run.overhead.name, run.overhead.bytes, run.overhead.kind, run.overhead.formula),
     ]
@@ -96,9 +105,13 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
         slack = _slack(run, context_len, row_bytes)
         terms.append(Term("allocator_slack", slack, "modelled", "2 MiB segments of weights and cache, fragments"))
     else:
-        converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // HEAP_SLACK_SHARE)
-        slack = moment.bytes // HEAP_SLACK_SHARE + converted
-        formula = f"1/{HEAP_SLACK_SHARE} of the forward's tensors and of converted weights (these up to 32 MiB)"
+        converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // LOADING_SLACK_SHARE)
+        kept = min(moment.bytes, 2 * kept_block_bytes(sum(term.bytes for term in weights)))
+        slack = moment.bytes // HEAP_SLACK_SHARE + converted + kept
+        formula = (
+            f"1/{HEAP_SLACK_SHARE} of the forward's tensors, 1/{LOADING_SLACK_SHARE} of converted weights (up to "
+            f"{MOST_LOADING_SLACK_BYTES // MIB} MiB), and what glibc's heap may keep: 1/128 of the weights, 2 to 64 MiB"
+        )
         terms.append(Term("allocator_slack", slack, "modelled", formula))
     terms.append(Term("loading", loading, "modelled", "what loading needs beyond running: a tensor being converted"))
     return MemoryPlan(context_len, tuple(terms), chunk, moment.step)
@@ -120,6 +133,16 @@ def _weight_terms(run: Run) -> list[Term]:
     ]
 
 
+def _logits_formula(run: Run) -> str:
+    if run.every_logits:
+        return f"a block of up to {MAX_LOGITS_BYTES // MIB} MiB; 0 where another step is the fullest"
+    return f"{run.logits_rows} positions; 0 where another step is the fullest"
+
+
+def _every_logits_term(run: Run, context_len: int, nbytes: int) -> tuple[Term]:
+    return (Term("every_logits", nbytes, "exact", f"{context_len} positions x {run.config.vocab_size} x 4 B"),)
+
+
 def _attention_formula(tensors: Mapping[str, int], context_len: int) -> str:
     parts = [f"{name} {tensors[name] / MIB:.1f} MiB" for name in ATTENTION if name in tensors]
     return f"at {tokens_text(context_len)}: " + (", ".join(parts) or "another step is fuller")
@@ -135,7 +158,12 @@ def _slack(run: Run, context_len: int, row_bytes: int) -> int:
     tensor = config.num_key_value_heads * row_bytes * context_len * run.compute.batch
     count = 2 * config.num_hidden_layers
     cache = reserved_for_equal(tensor, count) - count * tensor
-    return run.weights.reserved_bytes - run.weights.bytes + max(0, cache) + FRAGMENTATION_BYTES
+    return (
+        run.weights.reserved_bytes
+        - run.weights.bytes
+        + max(0, cache)
+        + max(FRAGMENTATION_BYTES, run.overhead.slack_bytes)
+    )
 
 
 def largest_context(run: Run, available_bytes: int, limit: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LARGEST_BARE_GIB = 999
@@ -34,6 +35,35 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} is not a size of memory")
     unit = MIB if (match[2] or "").lower().startswith("m") else GIB
     return int(float(match[1]) * unit)
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Memory of a device to leave free: a share of it, or bytes."""
+
+    share: float = 0.0
+    bytes: int = 0
+
+    def of(self, total_bytes: int) -> int:
+        """In bytes, of a device of `total_bytes`."""
+        return self.bytes + int(self.share * total_bytes)
+
+
+def parse_reserve(text: str) -> Reserve:
+    """`3%` of the device, or a size as `parse_bytes` reads it: `500MiB`, `1GB`. `0` is nothing.
+
+    Raises:
+        ValueError: neither, or not less than all of it.
+    """
+    stripped = text.strip()
+    if stripped == "0":
+        return Reserve()
+    if not stripped.endswith("%"):
+        return Reserve(bytes=parse_bytes(stripped))
+    share = float(stripped[:-1]) / 100
+    if not 0 <= share < 1:
+        raise ValueError(f"{text!r} is not a share of a device")
+    return Reserve(share)
 
 
 def tokens_text(tokens: int) -> str:

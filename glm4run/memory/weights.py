@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
+from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes, stored_tensor_shapes
 from glm4run.checkpoint.safetensors_index import DTYPE_BYTES as STORED_BYTES
 from glm4run.config import ModelConfig
 from glm4run.memory.allocator import reserved_for
 from glm4run.memory.kernels import Kernel, Linear, choose_kernel, kept_bytes, scale_bytes
 from glm4run.memory.workspace import DTYPE_BYTES, Compute
-from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT, packed_tensor_shapes
+from glm4run.qformat import SHAPE
 from glm4run.quant_config import QuantScheme
 
 CLASSES = ("linears", "scales", "embedding", "head", "norms_and_biases")
@@ -74,9 +74,11 @@ class Weights:
             most = max(most, loaded + item.read_bytes)
         return most
 
-    def compute(self, config: ModelConfig, *, dtype: str, device: str, batch: int = 1) -> Compute:
-        """How a forward with these weights computes."""
-        return Compute(config, dtype, device, self.kernels, self.embedding_element_bytes, batch)
+    def compute(
+        self, config: ModelConfig, *, dtype: str, device: str, batch: int = 1, native_attention: bool = False
+    ) -> Compute:
+        """How a forward with these weights computes. `native_attention`: in the native library, on a CPU."""
+        return Compute(config, dtype, device, self.kernels, self.embedding_element_bytes, batch, native_attention)
 
 
 def _class_of(name: str) -> str:
@@ -93,8 +95,9 @@ def stored_tensors(config: ModelConfig, schemes: Mapping[str, QuantScheme], dtyp
     for name, shape in parameter_shapes(config).items():
         module = name.removesuffix(".weight")
         if module in schemes and name.endswith(".weight"):
-            for suffix, (part, dtypes) in packed_tensor_shapes(shape[0], shape[1], schemes[module]).items():
-                stored[f"{module}.{suffix}"] = (dtypes[0] if len(dtypes) == 1 else dtype, part)
+            for suffix, (part, dtypes) in stored_tensor_shapes(shape[0], shape[1], schemes[module]).items():
+                known = tuple(max(0, size) for size in part)  # a length that only the file knows is of a few bytes
+                stored[f"{module}.{suffix}"] = (dtypes[0] if len(dtypes) == 1 else dtype, known)
         else:
             stored[name] = (dtype, shape)
     return stored
@@ -121,15 +124,18 @@ def plan_weights(
         for module, linear in linears.items()
     }
     kept = []
+    parts_of = _parts(stored, schemes)
     for module in (module for module in shapes if module in schemes):
-        parts = sum(_nbytes(stored[f"{module}.{s}"]) for s in (PACKED, SCALE, ZERO_POINT) if f"{module}.{s}" in stored)
         linear, kernel = linears[module], kernels[module]
-        nbytes = kept_bytes(linear, kernel, DTYPE_BYTES[dtype], parts)
-        beside = parts if kernel == "int4" else 0  # the native library reads the file itself, piece by piece
+        parts = sum(_nbytes(stored[name]) for name in parts_of[module] if not name.endswith(f".{SHAPE}"))
+        nbytes = kept_bytes(linear, kernel, DTYPE_BYTES[fed_dtype(module, dtype)], parts)
+        # The native library reads the file itself, piece by piece; other libraries' weights are always converted.
+        beside = parts if kernel == "int4" or schemes[module].kind != "int" else 0
         kept.append(Kept(module, nbytes, scale_bytes(linear, kernel, nbytes), beside))
+    packed = {name for names in parts_of.values() for name in names}
     for name, (stored_dtype, shape) in stored.items():
         module, _, suffix = name.rpartition(".")
-        if suffix not in (PACKED, SCALE, ZERO_POINT, SHAPE):
+        if name not in packed:
             element = kept_element_bytes(module, STORED_BYTES[stored_dtype], dtype)
             nbytes = prod(shape) * element
             beside = 0 if element == STORED_BYTES[stored_dtype] else _nbytes((stored_dtype, shape))
@@ -138,6 +144,16 @@ def plan_weights(
     if config.tie_word_embeddings and embedding_element != DTYPE_BYTES[dtype]:
         kept.append(Kept(HEAD, config.vocab_size * config.hidden_size * DTYPE_BYTES[dtype], 0, 0))
     return Weights(tuple(kept), _kinds(config, linears, kernels), embedding_element)
+
+
+def _parts(stored: Stored, schemes: Mapping[str, QuantScheme]) -> dict[str, list[str]]:
+    """The stored tensors of each module that is kept quantized, without its bias."""
+    parts: dict[str, list[str]] = {module: [] for module in schemes}
+    for name in stored:
+        module = name.partition(".weight")[0].removesuffix(".SCB")
+        if module in parts and not name.endswith(".bias"):
+            parts[module].append(name)
+    return parts
 
 
 def fed_dtype(module: str, dtype: str) -> str:

@@ -15,6 +15,8 @@ from glm4run.memory.kernels import Kernel, Linear, kernel_scratch_bytes
 from glm4run.memory.sizes import MIB
 
 MAX_SCORE_BYTES = 64 * MIB  # of attention.py
+ATTENTION_LANES = 16  # of kernels/cpu/src/kernels.h
+MAX_LOGITS_BYTES = 64 * MIB  # of one product with the head, where the logits of every position are asked for
 DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 LINEAR_KINDS = ("qkv", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
@@ -29,6 +31,7 @@ class Compute:
     kernels: Mapping[str, tuple[Linear, Kernel]]  # of each of LINEAR_KINDS; q stands for qkv
     embedding_bytes: int = 2  # of one element, as stored
     batch: int = 1
+    native_attention: bool = False  # blocks of a thread's own, of less than a megabyte, in place of torch's matrices
 
     @property
     def dtype_bytes(self) -> int:
@@ -72,10 +75,25 @@ class _Ledger:
         self.live[new] = self.live.pop(old)
 
 
-def forward_peak(compute: Compute, tokens: int, context: int, *, logits_rows: int = 1) -> Moment:
+def attends_natively(heads: int, kv_heads: int) -> bool:
+    """Whether many tokens attend in the native library where it is there: 16 query heads of a KV head run together,
+    and with most of them missing torch's products are faster."""
+    share = heads // kv_heads
+    return 2 * share >= -(-share // ATTENTION_LANES) * ATTENTION_LANES
+
+
+def logits_block_rows(vocab_size: int, dtype_bytes: int) -> int:
+    """Positions whose logits are computed at once where those of every position are asked for."""
+    return max(1, MAX_LOGITS_BYTES // (vocab_size * dtype_bytes))
+
+
+def forward_peak(
+    compute: Compute, tokens: int, context: int, *, logits_rows: int = 1, every_position: bool = False
+) -> Moment:
     """The fullest moment of a forward of `tokens` new tokens that end at position `context`.
 
-    `logits_rows`: the positions whose logits are computed: 1, or k + 1 to verify k drafted tokens.
+    `logits_rows`: the positions whose logits are computed: 1, or k + 1 to verify k drafted tokens. `every_position`:
+    those of all tokens instead, a block after the other into a result that is not counted here; nothing is sampled.
     """
     config, batch = compute.config, compute.batch
     tokens = tokens * batch  # rows of every matrix; the scores alone care that they are several sequences
@@ -90,7 +108,13 @@ def forward_peak(compute: Compute, tokens: int, context: int, *, logits_rows: in
         ledger.rename("rows", "residual")
     _attention_branch(ledger, compute, tokens, context)
     _mlp_branch(ledger, compute, tokens)
-    _head(ledger, compute, tokens, logits_rows * batch)
+    if every_position:
+        _norm(ledger, "final norm", tokens, compute)
+        ledger.drop("residual", "cos", "sin")
+        rows = min(tokens, logits_block_rows(config.vocab_size, compute.dtype_bytes))
+        _linear(ledger, compute, "lm_head", rows, "logits")
+    else:
+        _head(ledger, compute, tokens, logits_rows * batch)
     return ledger.most
 
 
@@ -171,6 +195,10 @@ def _rope(ledger: _Ledger, compute: Compute, tokens: int) -> None:
 def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> None:
     """`attention.grouped_query_attention`; leaves `attended`. Scores grow with the context up to their bound."""
     config, element = compute.config, compute.dtype_bytes
+    native = compute.native_attention and attends_natively(config.num_attention_heads, config.num_key_value_heads)
+    if native and compute.batch == 1:
+        ledger.hold("attention", attended=tokens * config.num_attention_heads * config.head_dim * element)
+        return
     per_sequence = tokens // compute.batch
     row = 4 * config.num_attention_heads * context * compute.batch
     scores = max(row, min(max(MAX_SCORE_BYTES, row), row * per_sequence))

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from glm4run.memory import GIB, HEADROOM_BYTES, MemoryPlan, Run, largest_context, plan_run, tokenizer_bytes
+from glm4run.memory import GIB, HEADROOM_BYTES, MemoryPlan, Reserve, Run, largest_context, plan_run, tokenizer_bytes
 from glm4run.vram.choices import Choice, Subject, make_run
 from glm4run.vram.gpus import Gpu, load_gpus
-from glm4run.vram.speed import Speed, estimate_speed, span_of
+from glm4run.vram.speed import Speed, cpu_speed, estimate_speed, span_of
 from glm4run.vram.targets import Target, of_gpu
 
 TIGHT_SHARE = 0.03  # of the device: with less to spare a plan that fits is called tight
@@ -20,7 +20,11 @@ KINDS_TO_BUY = ("desktop", "workstation", "datacenter", "unified", "apu")
 
 @dataclass(frozen=True)
 class Question:
-    """A model, a device, contexts in tokens, the choices to compare. `context_bytes` overrides the CUDA context's."""
+    """A model, a device, contexts in tokens, the choices to compare. `context_bytes` overrides the CUDA context's.
+
+    `reserve` is left free of the device; `free_bytes` is what a run may then take, below zero where that is more than
+    there is.
+    """
 
     subject: Subject
     target: Target
@@ -28,7 +32,14 @@ class Question:
     choices: tuple[Choice, ...]
     context_bytes: int | None = None
     draft: Subject | None = None
-    _runs: dict[object, Run] = field(default_factory=dict, compare=False, repr=False)
+    reserve: Reserve = field(default_factory=Reserve)
+    _runs: dict[object, Run] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _plans: dict[tuple[Choice, int], MemoryPlan] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    @property
+    def free_bytes(self) -> int:
+        """What a run may take of the device."""
+        return self.target.free_bytes - self.reserve.of(self.target.total_bytes)
 
     def run(self, choice: Choice, target: Target | None = None) -> Run:
         """What a choice means on the device, or on another one."""
@@ -53,7 +64,10 @@ class Question:
 
     def plan(self, choice: Choice, context_len: int) -> MemoryPlan:
         """The plan of a choice at a context."""
-        return plan_run(self.run(choice), context_len)
+        key = (choice, context_len)
+        if key not in self._plans:
+            self._plans[key] = plan_run(self.run(choice), context_len)
+        return self._plans[key]
 
 
 @dataclass(frozen=True)
@@ -115,12 +129,15 @@ def make_rows(question: Question) -> list[Row]:
 def make_row(question: Question, choice: Choice, context_len: int) -> Row:
     """One choice at one context."""
     plan = question.plan(choice, context_len)
-    headroom = question.target.free_bytes - plan.peak_bytes
+    headroom = question.free_bytes - plan.peak_bytes
     is_tight = 0 <= headroom < TIGHT_SHARE * question.target.total_bytes
     target = question.target
     speed = _speed(question, choice, plan, target.gpu)
     if speed is None and target.similar:
         speed = span_of([_speed(question, choice, plan, gpu) for gpu in target.similar])
+    bandwidth = None if target.calibration is None else target.calibration.read_gb_per_s
+    if bandwidth is not None and choice.bits not in ("16", "nf4") and target.backend() == "native":
+        speed = cpu_speed(bandwidth, _read_bytes(plan), batch=choice.batch)
     return Row(choice, plan, headroom, is_tight, speed)
 
 
@@ -132,7 +149,7 @@ def longest_contexts(question: Question) -> list[Longest]:
 def longest_context(question: Question, choice: Choice, *, reserve_bytes: int = 0) -> Longest:
     """The longest context of one choice that leaves `reserve_bytes` free."""
     limit = question.subject.context_limit
-    tokens = largest_context(question.run(choice), question.target.free_bytes - reserve_bytes, limit)
+    tokens = largest_context(question.run(choice), question.free_bytes - reserve_bytes, limit)
     return Longest(choice, tokens, "model" if tokens == limit else "memory")
 
 
@@ -141,7 +158,8 @@ def recommend(question: Question) -> Longest | None:
 
     A little is left free, and the context is rounded down to a whole k.
     """
-    reserve = int(TIGHT_SHARE * question.target.total_bytes)
+    total = question.target.total_bytes
+    reserve = max(0, int(TIGHT_SHARE * total) - question.reserve.of(total))  # beyond what is kept free already
     able = []
     for choice in question.choices:
         if not choice.estimated:
@@ -161,7 +179,7 @@ def ladder(question: Question, choice: Choice, context_len: int) -> list[Remedy]
         after = question.plan(step, context_len).peak_bytes
         if after < before:
             runs_now = set(step.estimated) <= set(current.estimated)
-            fits = after <= question.target.free_bytes
+            fits = after <= question.free_bytes
             steps.append(Remedy(what, after, before - after, fits, runs_now, option))
             before = after
         current = step
@@ -191,7 +209,7 @@ def layers_to_offload(question: Question, choice: Choice, context_len: int) -> i
     """How many layers must go to RAM for a choice to fit; None where even all but one are not enough."""
     for layers in range(1, question.subject.config.num_hidden_layers):
         moved = dataclasses.replace(choice, offloaded_layers=layers)
-        if question.plan(moved, context_len).peak_bytes <= question.target.free_bytes:
+        if question.plan(moved, context_len).peak_bytes <= question.free_bytes:
             return layers
     return None
 
@@ -200,7 +218,7 @@ def gpus_to_split_over(question: Question, choice: Choice, context_len: int) -> 
     """How many devices like this one hold a choice as a pipeline; None beyond eight."""
     for count in (2, 4, 8):
         split = dataclasses.replace(choice, gpus=count, split="pp")
-        if question.plan(split, context_len).peak_bytes <= question.target.free_bytes:
+        if question.plan(split, context_len).peak_bytes <= question.free_bytes:
             return count
     return None
 
@@ -214,7 +232,8 @@ def cards_that_fit(question: Question, choice: Choice, context_len: int, *, per_
             if gpu.vendor == vendor and gpu.kind in KINDS_TO_BUY:
                 target = of_gpu(gpu)
                 peak = plan_run(question.run(choice, target), context_len).peak_bytes
-                if peak <= gpu.usable_bytes - TIGHT_SHARE * gpu.total_bytes:
+                spare = max(TIGHT_SHARE * gpu.total_bytes, question.reserve.of(gpu.total_bytes))
+                if peak <= gpu.usable_bytes - spare:
                     fitting.append((gpu, peak))
         fitting.sort(key=lambda item: (item[0].total_bytes, -item[0].bandwidth_gb_per_s))
         cards += [_card(question, choice, context_len, gpu, peak) for gpu, peak in _by_size(fitting)[:per_vendor]]
@@ -231,14 +250,19 @@ def _by_size(fitting: list[tuple[Gpu, int]]) -> list[tuple[Gpu, int]]:
 
 def _card(question: Question, choice: Choice, context_len: int, gpu: Gpu, peak: int) -> Card:
     run = question.run(choice, of_gpu(gpu))
-    longest = largest_context(run, gpu.usable_bytes, question.subject.context_limit)
+    free = gpu.usable_bytes - question.reserve.of(gpu.total_bytes)
+    longest = largest_context(run, free, question.subject.context_limit)
     return Card(choice, gpu, peak, longest, _speed(question, choice, plan_run(run, context_len), gpu))
 
 
+def _read_bytes(plan: MemoryPlan) -> int:
+    """What a token reads at the end of the context."""
+    return plan.bytes_of("linears", "scales", "head", "norms_and_biases", "kv_cache")
+
+
 def _speed(question: Question, choice: Choice, plan: MemoryPlan, gpu: Gpu | None) -> Speed | None:
-    read = plan.bytes_of("linears", "scales", "head", "norms_and_biases", "kv_cache")
     bits = {"16": 16, "8": 8, "4": 4, "nf4": 4}.get(choice.bits)
     if bits is None:  # a packed folder: as its linears are
         bits = min((scheme.bits for scheme in question.subject.schemes.values()), default=16)
     config = question.subject.config
-    return estimate_speed(gpu, bits, read, config, plan.context_len, batch=choice.batch)
+    return estimate_speed(gpu, bits, _read_bytes(plan), config, plan.context_len, batch=choice.batch)

@@ -31,11 +31,10 @@ from glm4run.memory import (
     stored_tensors,
 )
 from glm4run.model_folders import find_model
-from glm4run.quant_config import QuantScheme
+from glm4run.quant_config import QuantScheme, on_load_scheme
 from glm4run_quantize.recipes import choose_recipe
 
 DEFAULT_MEMBER = "glm-4-9b-chat"
-NF4_GROUP = 64
 BITS = ("16", "8", "4", "nf4")
 # NCCL's default buffer of 4 MiB, to and from, on 16 channels. Source: NCCL's NCCL_BUFFSIZE.
 COLLECTIVE_BYTES = 4 * MIB * 2 * 16
@@ -77,6 +76,7 @@ class Choice:
     batch: int = 1
     chunk: int = PREFILL_CHUNK
     drafted_tokens: int = 0
+    every_logits: bool = False
     gpus: int = 1
     split: str = "pp"
     offloaded_layers: int = 0
@@ -85,7 +85,6 @@ class Choice:
     def estimated(self) -> list[str]:
         """What this version of glm4run does not execute yet, in words."""
         beyond = {
-            "NF4 weights": self.bits == "nf4",
             f"a cache of {self.kv_bits} bits": self.kv_bits not in RUNTIME_KV_BITS,
             "the embedding in RAM": self.embed_on_host,
             "several sequences at once": self.batch > 1,
@@ -159,7 +158,8 @@ def make_run(
     """The run of a choice on the fullest of its GPUs. `draft`: the model that drafts tokens, if one does."""
     config = _share_of(subject.config, choice)
     weights = _weights(subject, config, choice, device=device, dtype=dtype, backend=backend)
-    compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch)
+    native = device == "cpu" and backend == "native"
+    compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch, native_attention=native)
     return Run(
         weights,
         compute,
@@ -167,6 +167,7 @@ def make_run(
         choice.chunk,
         choice.kv_bits,
         choice.drafted_tokens + 1,
+        choice.every_logits,
         partial(_extra_terms, choice, draft),
         _elsewhere(weights, choice),
     )
@@ -184,16 +185,16 @@ def _weights(
         stored = stored_tensors(config, schemes)
     else:
         schemes = _schemes(config, choice)
-        stored = stored_tensors(config, schemes)
-    name = "nf4" if choice.bits == "nf4" else backend
-    return plan_weights(config, stored, schemes, backend=name, dtype=dtype, device=device)
+        stored = stored_tensors(config, {} if choice.bits == "nf4" else schemes)  # NF4 is made while loading
+    return plan_weights(config, stored, schemes, backend=backend, dtype=dtype, device=device)
 
 
 def _schemes(config: ModelConfig, choice: Choice) -> dict[str, QuantScheme]:
     if choice.bits == "16":
         return {}
     if choice.bits == "nf4":
-        return {module: QuantScheme(4, NF4_GROUP) for module in linear_shapes(config) if module != "lm_head"}
+        shapes = linear_shapes(config)
+        return {name: on_load_scheme("nf4", shapes[name][1]) for name in shapes if name != "lm_head"}
     recipe, _ = choose_recipe(config, int(choice.bits), group_size=choice.group_size, head_bits=choice.head_bits)
     return recipe.schemes(config)
 

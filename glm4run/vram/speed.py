@@ -25,6 +25,8 @@ _SHARES: dict[str, dict[int, tuple[float, float]]] = {
     "Intel": {16: (0.50, 0.80), 8: (0.50, 0.70), 4: (0.50, 0.64)},
     "Apple": {16: (0.68, 0.84), 8: (0.56, 0.80), 4: (0.40, 0.80)},
 }
+# Of a CPU's read bandwidth, by the native kernels at 8 and 4 bits. Source: docs/performance.md, decode.
+CPU_SHARES = (0.70, 0.93)
 # Share of the arithmetic that prefill reaches: 34 % at 1k, 63 % from 32k on an A100. Source: the same table.
 PREFILL_SHARES = (0.30, 0.63)
 
@@ -63,6 +65,12 @@ def estimate_speed(
         work = prefill_flop(config, context_len) * batch
         prefill = (work / (PREFILL_SHARES[1] * gpu.tflops * 1e12), work / (PREFILL_SHARES[0] * gpu.tflops * 1e12))
     return Speed((slow, fast), prefill, name)
+
+
+def cpu_speed(read_gb_per_s: float, read_bytes: int, *, batch: int = 1) -> Speed:
+    """Of the native kernels, from the memory's read bandwidth as it was measured on this machine."""
+    per_second = batch * read_gb_per_s * 1e9 / read_bytes
+    return Speed((CPU_SHARES[0] * per_second, CPU_SHARES[1] * per_second), None, "this machine's memory")
 
 
 def span_of(speeds: Sequence[Speed | None]) -> Speed | None:

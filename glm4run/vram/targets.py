@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm4run.errors import UsageError
-from glm4run.memory import Overhead, device_overhead, gib_text, parse_bytes, process_overhead
+from glm4run.memory import (
+    Calibration,
+    Overhead,
+    calibrated_cpu,
+    device_overhead,
+    gib_text,
+    parse_bytes,
+    process_overhead,
+    read_calibration,
+)
 from glm4run.vram.detect import Found, Holder, detect_gpus, detect_ram
 from glm4run.vram.gpus import USABLE_SHARE, Gpu, find_gpu, load_gpus, match_gpu
 
@@ -29,6 +38,8 @@ class Target:
     holders: tuple[Holder, ...] = ()
     notes: tuple[str, ...] = ()
     similar: tuple[Gpu, ...] = ()  # cards of this size, where only a size is known
+    calibration: Calibration | None = None  # what `--calibrate` measured of this machine's own device
+    is_local: bool = False  # a device of this machine
 
     @property
     def is_supported(self) -> bool:
@@ -38,8 +49,8 @@ class Target:
     def overhead(self, tokenizer: int, context_bytes: int | None) -> Overhead:
         """What a process takes there beside tensors; `tokenizer` in bytes."""
         if self.device == "cpu":
-            return process_overhead(None, tokenizer)
-        return device_overhead(context_bytes)
+            return process_overhead(None, tokenizer, self.calibration)
+        return device_overhead(context_bytes, calibration=self.calibration)
 
     def dtype(self, *, packed: bool, dense_bytes: int) -> str:
         """What `--dtype auto` computes in there; see `loading.choose_dtype`. `dense_bytes`: the model in float32."""
@@ -108,14 +119,28 @@ def _of_found(found: Found) -> Target:
     elif gpu is None:
         notes.append(f"{found.name} is not in the catalogue: no speeds")
     holders = tuple(sorted(found.holders, key=lambda holder: -holder.bytes))
-    return Target(found.name, "cuda", found.total_bytes, found.free_bytes, found.source, gpu, holders, tuple(notes))
+    return Target(
+        found.name,
+        "cuda",
+        found.total_bytes,
+        found.free_bytes,
+        found.source,
+        gpu,
+        holders,
+        tuple(notes),
+        calibration=read_calibration(found.name),
+        is_local=True,
+    )
 
 
 def _ram() -> Target:
     found = detect_ram()
     if found is None:
         raise UsageError("this system does not say how much memory it has", hint="give a size: --gpu 16GB")
-    return Target(found.name, "cpu", found.total_bytes, found.free_bytes, found.source)
+    calibration = read_calibration(calibrated_cpu())
+    return Target(
+        found.name, "cpu", found.total_bytes, found.free_bytes, found.source, calibration=calibration, is_local=True
+    )
 
 
 def _cpu_has_fast_bf16() -> bool:

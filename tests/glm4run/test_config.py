@@ -587,7 +587,7 @@ def test_schemes_are_read_in_full() -> None:
     ("table", "words"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float-quantized"),
         ({"bits": 4}, "None"),
     ],

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4run import LoadedModel, SamplingParams, load_model
+from glm4run import LoadedModel, SamplingParams, generate, load_model
 from glm4run.answer import collect
 from glm4run.chat_format import Message, encode_chat
 from glm4run.dialects import DIALECTS
 from glm4run.errors import CheckpointError, DoesNotFitError, GenerationError, UsageError
+from glm4run.memory import workspace
 from glm4run.steps import GenerationStep, Timings
 from tests.builders import (
     FIRST_PADDING,
@@ -217,6 +218,23 @@ def test_wrong_ids_are_usage_errors(tiny: LoadedModel, prompt: list[int]) -> Non
         model.stream(prompt)
     with pytest.raises(UsageError):
         model.logits(prompt)
+    assert scripted.fed == []
+
+
+def test_logits_come_in_blocks_and_are_the_same(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [*PREFIX, *range(60)]
+    whole = tiny.model(torch.tensor(prompt), tiny.new_context().cache, logits="all")
+    monkeypatch.setattr(workspace, "MAX_LOGITS_BYTES", 7 * 4 * VOCAB)
+    assert torch.allclose(tiny.logits(prompt), whole, atol=1e-5)
+
+
+def test_logits_without_room_are_refused_before_they_are_computed(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scripted = with_script(tiny, "")
+    monkeypatch.setattr(generate, "available_bytes", lambda device: 4 * VOCAB * 100)
+    with pytest.raises(DoesNotFitError, match="logits of 200 positions"):
+        model.logits([1] * 200)
     assert scripted.fed == []
 
 

@@ -170,13 +170,19 @@ def attention_case(
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @each_isa
-def test_attention(isa: str, heads: int, kv_heads: int, head_dim: int, no_torch: None) -> None:
-    shapes = [(t, s) for t, s in itertools.product((1, 2, 8), POSITIONS) if t <= s]
+def test_attention(isa: str, heads: int, kv_heads: int, head_dim: int) -> None:
+    shapes = [(t, s) for t, s in itertools.product((1, 2, 8, 9, 33), POSITIONS) if t <= s]
     for (tokens, positions), dtype in itertools.product(shapes, DTYPES):
         query, key, value = attention_case(heads, kv_heads, head_dim, tokens, positions, dtype)
         with running(isa):
-            got = NativeOps().attention(query, key, value)
+            got = native_ops.attention(query, key, value)
         assert_same(got, exact_attention(query, key, value), dtype, floor=3e-6)
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_attention_of_this_family_is_the_library_s(tokens: int, no_torch: None) -> None:
+    query, key, value = attention_case(32, 2, 128, tokens, 40, torch.bfloat16)
+    assert torch.equal(NativeOps().attention(query, key, value), native_ops.attention(query, key, value))
 
 
 @each_isa
@@ -271,10 +277,18 @@ def test_too_wide_a_rotation_is_left_to_torch(no_native: None) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["prefill", "batch", "float64", "query of another dtype", "value of another dtype", "keys apart", "columns apart"],
+    [
+        "batch",
+        "few heads share a key",
+        "float64",
+        "query of another dtype",
+        "value of another dtype",
+        "keys apart",
+        "columns apart",
+    ],
 )
 def test_attention_that_is_left_to_torch(change: str, no_native: None) -> None:
-    tokens = 9 if change == "prefill" else 2
+    tokens = 9 if change == "few heads share a key" else 2
     query, key, value = attention_case(4, 2, 64, tokens, 40, torch.float32)
     if change == "batch":
         query, key, value = (t[None] for t in (query, key, value))

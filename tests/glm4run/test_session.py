@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from glm4run import LoadedModel, SamplingParams
+from glm4run import LoadedModel, SamplingParams, load_model
+from glm4run.cards import demo_folder
 from glm4run.chat_format import Message, encode_chat
 from glm4run.dialects import DIALECTS
 from glm4run.errors import CheckpointError, DoesNotFitError
+from glm4run.memory import resident_bytes
 from glm4run.session import Session
-from tests.builders import SPECIAL_IDS
+from glm4run.steps import Timings
+from tests.builders import SPECIAL_IDS, write_checkpoint
 from tests.scripted import ScriptedModel, loaded_model, with_script
 
 GREEDY = SamplingParams()
@@ -174,3 +179,264 @@ def test_fifty_turns_feed_every_token_once(tmp_path: Path) -> None:
         total += len(scripted.all_fed)
         assert total == session.context_used == cache.position, number
     assert session._context.cache is cache
+
+
+# --- undo, edit, branches
+
+
+def test_undo_and_edit_shorten_the_cache_instead_of_prefilling_again(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    ask(session, scripted, "hello", "\nthe one")
+    ask(session, scripted, "and the second", "\nanother")
+    first_turn = len(encode_chat(tiny.tokenizer, DIALECTS["chat-2024"], session.messages[:2], None, False))
+    scripted.script = tiny.tokenizer.encode("\nno")
+    scripted.fed.clear()
+    assert "".join(step.text for step in session.edit("something else")) == "no"
+    # The cache holds the first turn, and the second's role and line end; only the rest of the new question is fed.
+    assert scripted.fed[0] == [*tiny.tokenizer.encode("something else"), ASSISTANT]
+    assert [m.content for m in session.messages] == ["hello", "the one", "something else", "no"]
+    session.conversation.undo()
+    assert session.context_used == first_turn
+    ask(session, scripted, "third", "\nyes")
+    assert scripted.fed[0] == [*tiny.tokenizer.encode("third"), ASSISTANT]
+
+
+def test_another_answer_feeds_one_token(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    ask(session, scripted, "hello", "\nthe one")
+    scripted.script = tiny.tokenizer.encode("\nanother")
+    scripted.fed.clear()
+    assert "".join(step.text for step in session.regenerate()) == "another"
+    assert scripted.fed[0] == [ASSISTANT]
+    assert len(session.conversation.branches) == 2
+
+
+def test_regenerate_with_other_settings_once(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    ask(session, scripted, "hello", "\nthe one")
+    scripted.script = tiny.tokenizer.encode("\nanother")
+    steps = list(session.regenerate(dataclasses.replace(GREEDY, max_new_tokens=3)))
+    assert steps[-1].finish_reason == "max_tokens"
+    assert session.params == GREEDY
+
+
+def test_branches_share_what_they_have_in_common(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    ask(session, scripted, "hello", "\nthe one")
+    session.conversation.fork("aside")
+    ask(session, scripted, "left", "\nyes")
+    session.conversation.switch("main")
+    ask(session, scripted, "right", "\nno")
+    assert scripted.fed[0] == [*tiny.tokenizer.encode("right"), ASSISTANT]
+    assert [m.content for m in session.messages] == ["hello", "the one", "right", "no"]
+
+
+def test_interrupted_while_reading_keeps_chunks_and_the_question(tiny: LoadedModel) -> None:
+    plan = dataclasses.replace(tiny.plan, chunk=16)
+    session, scripted = start(dataclasses.replace(tiny, plan=plan))
+    forwards = 0
+
+    def strike() -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards == 4:
+            raise KeyboardInterrupt
+
+    scripted.before_forward = strike
+    with pytest.raises(KeyboardInterrupt):
+        list(session.say("x" * 100))
+    scripted.before_forward = lambda: None
+    assert session.conversation.is_unanswered
+    assert session.cached_tokens == 3 * 16
+    scripted.script = tiny.tokenizer.encode("\nyes")
+    scripted.fed.clear()
+    total = session.context_used
+    list(session.regenerate())
+    assert len(scripted.all_fed) == total + 1 - 3 * 16 + len(tiny.tokenizer.encode("\nyes"))
+    assert [m.content for m in session.messages] == ["x" * 100, "yes"]
+
+
+def test_new_message_takes_the_place_of_one_without_answer(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    steps = session.say("never answered")
+    steps.close()  # type: ignore[attr-defined]  # it is a generator
+    assert session.conversation.is_unanswered
+    ask(session, scripted, "hello", "\nyes")
+    assert [m.content for m in session.messages] == ["hello", "yes"]
+    whole = encode_chat(tiny.tokenizer, DIALECTS["chat-2024"], [Message("user", "hello")])
+    assert scripted.all_fed[: len(whole)] == whole
+
+
+def test_reading_is_predicted_and_its_probe_is_part_of_it(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    reading = session.read_first("y" * 180, [("a.txt", "z")])
+    assert scripted.fed == [] and reading.seconds is None
+    assert reading.new_tokens == len(reading.prompt)
+    assert reading.kv_bytes == reading.new_tokens * session.kv_bytes_per_token
+    measured = session.probe(reading)
+    assert len(scripted.all_fed) == 128
+    assert measured.seconds is not None and measured.new_tokens == reading.new_tokens - 128
+    scripted.script = tiny.tokenizer.encode("\nyes")
+    scripted.fed.clear()
+    list(session.say("y" * 180, [("a.txt", "z")]))
+    assert scripted.fed[0] == reading.prompt[128:]
+
+
+# --- overflow
+
+
+def fill(session: Session, scripted: ScriptedModel, count: int, first: int = 0) -> None:
+    for number in range(first, first + count):
+        ask(session, scripted, f"question number {number}", f"\nanswer number {number}")
+
+
+def test_overflow_drops_the_oldest_and_says_what(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny, system="be brief")
+    session.overflow = "drop-oldest-turns"
+    said: list[str] = []
+    session.on_notice = said.append
+    fill(session, scripted, 4)
+    assert said == []
+    session.conversation.pin(session.conversation.exchanges()[0][0].number, pinned=True)
+    fill(session, scripted, 4, first=4)
+    assert said and all("no longer go to the model" in line for line in said)
+    assert "'question number 1' (" in said[0] and "tokens)" in said[0]
+    shown = [m.content for m in session.messages]
+    assert shown[:2] == ["be brief", "question number 0"]  # system and pinned stay
+    assert "question number 1" not in shown and shown[-2] == "question number 7"
+    assert session.context_used < 256
+    # What the model was shown is exactly that.
+    whole = encode_chat(tiny.tokenizer, DIALECTS["chat-2024"], session.messages, add_generation_prompt=False)
+    assert session.tokens() == whole
+    assert len(session.conversation.path()) == 16  # on record all the same
+
+
+def test_overflow_error_drops_nothing(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    with pytest.raises(DoesNotFitError) as caught:
+        fill(session, scripted, 12)
+    assert "drop-oldest-turns" in str(caught.value.hint)
+    assert session.conversation.dropped == set()
+
+
+def test_message_that_fits_in_no_way_drops_nothing(tiny: LoadedModel) -> None:
+    session, scripted = start(tiny)
+    session.overflow = "drop-oldest-turns"
+    fill(session, scripted, 3)
+    with pytest.raises(DoesNotFitError):
+        session.say("x" * 300)
+    assert session.conversation.dropped == set()
+
+
+# --- tools
+
+ADD = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+NOW = {"type": "function", "function": {"name": "now", "description": "", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("dialect", ["chat-2024", "0414", "z1"])
+def test_tool_calls_and_observations_are_the_dialects_own(tmp_path: Path, dialect: str) -> None:
+    loaded = loaded_model(tmp_path, context_len=512)
+    session, scripted = start(loaded, dialect)
+    session.tools = [ADD]
+    thought = "hm</think>\n" if dialect == "z1" else "\n"
+    assert ask(session, scripted, "1+1?", thought + 'add\n{"a": 1}') == 'add\n{"a": 1}'
+    last = session.conversation.path()[-1]
+    assert (last.finish_reason, last.message.tool_calls[0].name) == ("tool_calls", "add")
+    scripted.script = loaded.tokenizer.encode(thought + "2")
+    scripted.fed.clear()
+    assert "".join(step.text for step in session.observe(["2 <|user|>"])) == "2"
+    fed = [i for i in scripted.all_fed if i in loaded.tokenizer.special_ids]
+    assert fed[-2:] == [SPECIAL_IDS["<|observation|>"], ASSISTANT]  # what the tool wrote is text
+    assert [turn.message.role for turn in session.conversation.path()] == [
+        *("user", "assistant", "observation", "assistant")
+    ]
+
+
+def test_two_hundred_dialogues_no_false_call_and_no_missed_one(tmp_path: Path) -> None:
+    """Answers of all kinds that a model gives; which of them are calls is known from how they were made."""
+    random = Random(7)
+    folder = write_checkpoint(tmp_path, dialect="chat-2024", max_position_embeddings=4096)
+    loaded = load_model(folder, dtype="fp32", context_len=4096)
+    session, scripted = start(loaded)
+    session.tools = [ADD, NOW]
+    wrong = []
+    for number in range(200):
+        answer, calls = answer_of_some_kind(random)
+        session.conversation.clear()
+        scripted.script = loaded.tokenizer.encode(answer)
+        list(session.say(f"question {number}"))
+        found = [(call.name, call.arguments) for call in session.conversation.path()[-1].message.tool_calls]
+        if found != calls:
+            wrong.append((answer, calls, found))
+    assert wrong == []
+
+
+def answer_of_some_kind(random: Random) -> tuple[str, list[tuple[str, str]]]:
+    """(what the model says, its calls as name and arguments)."""
+
+    def value(depth: int = 0) -> object:
+        texts = ["", "北京", 'a "quoted" }', "{", "<|user|>", "\\", "add\n{}", "line\nbreak"]
+        simple = [random.choice(texts), random.randint(-5, 5), 1.5, True, None]
+        if depth < 2 and random.random() < 0.4:
+            return random.choice([[value(2)], {"k": value(depth + 1), "}": 1}])
+        return random.choice(simple)
+
+    def arguments() -> str:
+        data = {name: value() for name in random.sample(["a", "b", "城市"], random.randint(0, 3))}
+        return json.dumps(data, ensure_ascii=random.random() < 0.5, indent=random.choice([None, 2]))
+
+    name, body = random.choice(["add", "now"]), arguments()
+    before, after = random.choice(["\n", "", "\n "]), random.choice(["", "\n", " \n"])
+    is_call = random.random() < 0.5
+    if is_call:
+        calls = [(name, body)]
+        text = f"{before}{name}{random.choice(['', ' '])}\n{body}{after}"
+        if random.random() < 0.3:
+            more = arguments()
+            calls.append(("add", more))
+            text += f"add\n{more}"
+        return text, calls
+    return random.choice(
+        [
+            f"\nI call {name}\n{body}",
+            f"\n{body}",
+            f"\n{name} {body}",
+            f"\n{name}\n{body[:-1]}",
+            f"\n{name}\n{body} and so on",
+            f"\n{name}\n[1, 2]",
+            f"\nget_{name}\n{body}",
+            f"\n{name.upper()}\n{body}",
+            f"\n{name}: {body}\n",
+            f"\n```\n{name}\n{body}\n```",
+            f"\n{name} is a tool.\n{body}",
+            '\n{"name": "add", "arguments": {"a": 1}}',
+            f"\n{name}\n{{'a': 1}}",
+            f"\n{name}\nhello",
+            "\nhello",
+        ]
+    ), []
+
+
+# --- many turns
+
+
+def test_fifty_turns_of_the_demo_prefill_only_what_is_new_and_take_no_memory() -> None:
+    model = load_model(demo_folder(), context_len=2048)
+    session = Session(model, SamplingParams(max_new_tokens=12))
+    cache = session._context.cache
+    bytes_before, buffers = cache.nbytes, [tensor.data_ptr() for tensor in cache.keys]
+    used = resident = 0
+    for number in range(50):
+        timings = Timings()
+        question = f"{number}: who are you?"
+        list(session.say(question, timings=timings))
+        mark = 1 + (number > 0 and session.conversation.path()[-3].finish_reason == "max_tokens")
+        new = len(model.tokenizer.encode("\n" + question)) + 1 + mark
+        assert timings.prefill_tokens == new + (0 if used else len(model.tokenizer.prefix_ids)), number
+        used = session.context_used
+        if number == 10:
+            resident = resident_bytes()
+    assert (cache.nbytes, [tensor.data_ptr() for tensor in cache.keys]) == (bytes_before, buffers)
+    pages = cache.nbytes  # of the cache itself, which are touched as the conversation grows
+    assert resident_bytes() < resident + pages + (16 << 20)

@@ -357,6 +357,9 @@ void check_attention(Errors& errors) {
         check_attention_case(9, 3, 16, 2, 31, dtype, random, errors);
         check_attention_case(34, 2, 20, 3, 70, dtype, random, errors);
         check_attention_case(4, 1, 64, 2, 600, dtype, random, errors);
+        check_attention_case(4, 2, 16, 9, 9, dtype, random, errors);    // many tokens, from here on
+        check_attention_case(34, 2, 20, 37, 37, dtype, random, errors); // more than one piece, two groups of heads
+        check_attention_case(8, 2, 64, 17, 150, dtype, random, errors);
     }
 }
 

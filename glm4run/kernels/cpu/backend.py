@@ -23,6 +23,7 @@ from glm4run.errors import CheckpointError, GenerationError
 from glm4run.kernels import LinearSpec, Prepacked, WeightSource
 from glm4run.kernels.cpu.library import G4Output, G4Stored, G4Weight, active_isa, native, why_missing
 from glm4run.qformat import num_groups, packed_width, unpack_zero_points
+from glm4run.quant_config import Kind
 
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # G4Dtype
 ACTIVATION_BITS = {"int8": 8, "int16": 16, "bf16": 0}
@@ -43,6 +44,7 @@ class NativeBackend:
     """The C++ kernels, on any CPU."""
 
     name = "native"
+    kinds: tuple[Kind, ...] = ("int",)
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         if spec.device.type != "cpu":

@@ -12,6 +12,7 @@ from glm4run.kernels.cpu.backend import DTYPE_CODES
 from glm4run.kernels.cpu.library import native
 
 MAX_ROTARY_DIM = 512
+FEW_TOKENS = 8  # of src/layer_ops.cpp
 
 
 def runs(*tensors: Tensor) -> bool:

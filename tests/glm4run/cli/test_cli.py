@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 
 from glm4run import __version__
 from glm4run.cards import load_cards
-from glm4run.cli import app, main
+from glm4run.cli import main
+from glm4run.cli.lazy import COMMANDS, load_command
 from tests.builders import PREFIX, SPECIAL_IDS, edit_json, edit_tensors, write_checkpoint, write_json, write_packed
 
 REPO = Path(__file__).resolve().parents[3]
-COMMANDS = ("chat", "generate", "quantize", "vram", "eval", "tokenize", "info", "models", "check")
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 GENERATE_KEYS = [
@@ -118,6 +117,37 @@ def test_light_commands_start_without_torch(models: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["vram", "--gpu", "12GB"], ["vram", "--gpu", "4090", "--explain", "--bits", "4"], ["--version"]),
+        *(["info", "talker", "--json"], ["vram", "small", "--gpu", "12GB", "--json"]),
+    ],
+)
+def test_a_light_command_imports_only_what_it_needs(words: list[str]) -> None:
+    """Modules are counted and not milliseconds: what a start takes is what it imports."""
+    code = (
+        f"import sys\nfrom glm4run.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "loaded = set(sys.modules)\n"
+        "sys.stderr.write(' '.join(sorted(loaded)))\n"
+    )
+    loaded = set(python(code).stderr.split())
+    assert "glm4run.cli.lazy" in loaded
+    tops = {name.partition(".")[0] for name in loaded}
+    assert not tops & {"torch", "numpy", "tokenizers", "safetensors", "pydantic", "rich", "prompt_toolkit", "email"}
+    commands = {f"glm4run.cli.{module}" for module, _ in COMMANDS.values()}
+    assert loaded & commands <= {f"glm4run.cli.{words[0]}"}
+    assert len(loaded) < 330, len(loaded)
+
+
+def test_the_table_of_commands_says_what_each_command_says_of_itself(run: Run) -> None:
+    overview = run("--help").out
+    for name, (_, line) in COMMANDS.items():
+        assert load_command(name).help.splitlines()[0] == line
+        assert line[:30] in overview
+
+
 def test_import_of_the_package_is_light() -> None:
     assert python("import sys, glm4run, glm4run_quantize; assert 'torch' not in sys.modules").returncode == 0
 
@@ -160,8 +190,7 @@ def test_version_and_help(run: Run) -> None:
 
 def parameters_of(command: str) -> Any:
     """What the parser knows of a command; typer carries a click of its own, so the types have no name here."""
-    group: Any = typer.main.get_command(app)
-    return group.commands[command].params
+    return load_command(command).params
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -435,7 +464,7 @@ def test_chat_answers_each_line(run: Run) -> None:
 def test_chat_commands(run: Run) -> None:
     result = chat(run, "/help\n\n/what\nhello\n/clear\n//hello\n/exit\nnot read\n")
     assert result.code == 0
-    assert "/clear  forget the conversation" in result.err
+    assert "/clear  start anew" in result.err
     assert "unknown command /what" in result.err
     assert "the conversation is forgotten" in result.err
     used = [int(n) for n in re.findall(r"context (\d+)/512", result.err)]

@@ -8,14 +8,21 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from glm4run.cli import main
-from glm4run.memory import GIB
+from glm4run import calibrate
+from glm4run.cli import main, vram_plot
+from glm4run.memory import GIB, MIB
+from glm4run.memory.calibration import FILE_VARIABLE
 from glm4run.vram import detect
+from glm4run.vram.targets import Target
 from tests.builders import write_packed
 
 TERM_KINDS = {"exact", "modelled", "measured"}
@@ -41,6 +48,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(detect, "_output", lambda command: "")
     monkeypatch.setattr(detect, "DRM", tmp_path / "drm")
     monkeypatch.setenv("GLM4RUN_MODELS", str(tmp_path / "models"))
+    monkeypatch.setenv(FILE_VARIABLE, str(tmp_path / "calibration.json"))
     monkeypatch.setenv("COLUMNS", "80")
 
 
@@ -201,12 +209,41 @@ def test_chart_has_a_line_for_each_choice(run: Run) -> None:
     assert "=" in body and "-" in body
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the extra `plot` is not installed")
-def test_images(run: Run, tmp_path: Path) -> None:
-    got = run("--gpu", "12GB", "--svg", tmp_path / "a.svg", "--png", tmp_path / "a.png")
-    assert got.code == 0
-    assert "<svg" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="the extra `plot` is not installed"
+)
+
+
+@needs_matplotlib
+def test_images_name_curves_device_and_card_sizes(run: Run, tmp_path: Path) -> None:
+    words = ("--gpu", "12GB", "--bits", "8,4", "--kv-bits", "16,8")
+    assert run(*words, "--svg", tmp_path / "a.svg", "--png", tmp_path / "a.png").code == 0
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    assert {"int8 KV 16", "int8 KV 8*", "int4 KV 16", "int4 KV 8*", "11.64 GiB to take"} <= set(texts)
+    assert {"8", "12", "16k", "128k", "context in tokens"} <= set(texts)
+    image = (tmp_path / "a.png").read_bytes()
+    assert image.startswith(b"\x89PNG")
+    assert int.from_bytes(image[16:20], "big") >= 1000  # pixels
+    run(*words, "--svg", tmp_path / "b.svg")
+    assert (tmp_path / "b.svg").read_text(encoding="utf-8") == svg
+
+
+@needs_matplotlib
+def test_an_image_that_cannot_be_written_leaves_what_was_there(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    got = run("--gpu", "12GB", "--png", tmp_path / "folder.png")
+    assert got.code == 1
+    assert "cannot write" in got.err
+    assert run("--gpu", "12GB", "--png", tmp_path / "nowhere" / "a.png").code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=10))
+def test_labels_of_curves_stay_apart_and_in_order(values: list[float]) -> None:
+    placed = vram_plot._apart(values, 100.0)
+    in_order = [placed[index] for index in sorted(range(len(values)), key=lambda index: values[index])]
+    assert all(upper - lower > 0.8 * vram_plot.LABEL_GAP * 100 for lower, upper in pairwise(in_order))
 
 
 def test_images_without_matplotlib_say_what_to_install(
@@ -219,6 +256,52 @@ def test_images_without_matplotlib_say_what_to_install(
     assert "glm4run[plot]" in got.err
 
 
+def test_reserve_is_left_free_everywhere(run: Run) -> None:
+    plain, kept = (run("--gpu", "12GB", "--json", *more).json() for more in ((), ("--reserve", "2GB")))
+    assert kept["device"]["reserved_bytes"] == 2 * GIB
+    for before, after in zip(plain["rows"], kept["rows"], strict=True):
+        assert after["peak_bytes"] == before["peak_bytes"]
+        assert after["headroom_bytes"] == before["headroom_bytes"] - 2 * GIB
+    longest = [{row["bits"]: row["context_tokens"] for row in data["max_context"]} for data in (plain, kept)]
+    assert longest[1][4] < longest[0][4]
+    assert kept["best"]["context_tokens"] < plain["best"]["context_tokens"]
+    assert "2.00 GiB are left free (--reserve)" in run("--gpu", "12GB", "--reserve", "2GB").out
+    fewer = run("--gpu", "all", "--bits", "4", "--ctx", "63k", "--reserve", "40%", "--json").json()
+    more = run("--gpu", "all", "--bits", "4", "--ctx", "63k", "--json").json()
+    assert fewer["recommendations"][0]["usable_bytes"] > more["recommendations"][0]["usable_bytes"]
+
+
+def test_more_reserved_than_there_is_is_short_and_not_a_crash(run: Run) -> None:
+    got = run("--gpu", "8GB", "--reserve", "9GB")
+    assert got.code == 2
+    assert "-1.24 free" in got.err and "17592186" not in got.out + got.err
+
+
+@pytest.mark.parametrize("text", ["x", "-3%", "100%", "", "%"])
+def test_wrong_reserves_are_usage_errors(run: Run, text: str) -> None:
+    got = run("--gpu", "8GB", f"--reserve={text}")
+    assert got.code == 2
+    assert "is no amount of memory" in got.err
+
+
+def test_calibration_is_said_and_is_about_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"version": "x", "context_bytes": 90 * MIB, "later_bytes": 0, "slack_bytes": 0, "read_gb_per_s": 50.0}
+    monkeypatch.setattr(calibrate, "_run_child", lambda words: case)
+    monkeypatch.setattr(Target, "backend", lambda target: "native")
+    got = run("--gpu", "cpu", "--ctx", "1k", "--bits", "4", "--calibrate")
+    assert "measured: process 90 MiB" in got.err
+    assert "process measured here on" in got.out
+    data = run("--gpu", "cpu", "--ctx", "1k", "--bits", "16,4", "--json").json()
+    assert data["device"]["calibration"]["context_bytes"] == 90 * MIB
+    kinds = {term["name"]: term["kind"] for term in data["rows"][0]["terms"]}
+    assert kinds["process"] == "measured"
+    assert data["rows"][0]["decode_tok_per_s"] is None  # dense weights were not measured
+    low, high = data["rows"][1]["decode_tok_per_s"]
+    assert 0 < low < high < 50e9 / 4e9
+    assert run("--gpu", "12GB", "--calibrate").code == 2
+    assert run("--gpu", "12GB", "--json").json()["device"]["calibration"] is None
+
+
 # --- every option does something
 
 
@@ -228,7 +311,7 @@ def test_images_without_matplotlib_say_what_to_install(
         *(("--bits", "8"), ("--bits", "nf4"), ("--kv-bits", "8"), ("--kv-bits", "4"), ("--head-bits", "16")),
         *(("--group-size", "32"), ("--embed", "host"), ("--batch", "4"), ("--chunk", "2k"), ("--offload", "8")),
         *(("--draft", "demo"), ("--draft", "ngram", "--draft-tokens", "400"), ("--gpus", "2")),
-        *(("--gpus", "2", "--split", "tp"), ("--context-mib", "900")),
+        *(("--gpus", "2", "--split", "tp"), ("--context-mib", "900"), ("--every-logits",)),
     ],
     ids=" ".join,
 )

@@ -26,7 +26,7 @@ from glm4run.kernels.reference import ReferenceBackend, ReferenceWeight
 from glm4run.kernels.torch_ops import Int4PackedWeight, TiledWeight, TorchBackend
 from glm4run.layers import QuantizedLinear
 from glm4run.qformat import PackedWeight, pack
-from glm4run.quant_config import QuantScheme
+from glm4run.quant_config import KINDS, Kind, QuantScheme
 from tests.packed_cases import assert_close, inputs_with_outliers, make_case
 
 CPU = torch.device("cpu")
@@ -34,7 +34,9 @@ BATCHES = (1, 2, 7, 16, 33)
 # N, K. 13696 = 107 x 128 is the family's odd one; N odd, N one tile of torch's int4 kernel, N many tiles.
 SHAPES = ((16, 128), (33, 256), (48, 13696), (5, 13696), (600, 384))
 
-each_backend = pytest.mark.parametrize("name", BACKEND_NAMES)
+# Those that read the project's own format; the others are tested beside what they read.
+PACKED_BACKENDS = tuple(name for name in BACKEND_NAMES if "int" in load_backend(name).kinds)
+each_backend = pytest.mark.parametrize("name", PACKED_BACKENDS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -290,6 +292,8 @@ def test_quantized_linear_takes_any_leading_dimensions_and_adds_its_bias(name: s
 class FakeBackend:
     """Refuses with a fixed reason, and remembers what it was asked."""
 
+    kinds: tuple[Kind, ...] = ("int",)
+
     def __init__(self, name: str, reason: str | None) -> None:
         self.name = name
         self.reason = reason
@@ -321,9 +325,28 @@ def install(monkeypatch: pytest.MonkeyPatch, *backends: FakeBackend) -> None:
     monkeypatch.setattr(kernels, "load_backend", by_name.__getitem__)
 
 
-@each_backend
+@pytest.mark.parametrize("name", BACKEND_NAMES)
 def test_every_name_loads_the_backend_of_that_name(name: str) -> None:
     assert load_backend(name).name == name
+
+
+def test_every_kind_has_a_backend() -> None:
+    assert {kind for name in BACKEND_NAMES for kind in load_backend(name).kinds} == set(KINDS)
+    assert PACKED_BACKENDS == ("native", "torch", "reference")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int"])
+@each_backend
+def test_other_libraries_weights_are_refused(name: str, kind: Kind) -> None:
+    spec = LinearSpec(32, 128, QuantScheme(4, 64, kind=kind), CPU, torch.bfloat16)
+    with pytest.raises(BackendError, match=f"reads int, not {kind}"):
+        select_backend(name, [spec])
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "quanto"])
+def test_other_libraries_refuse_the_project_s_weights(name: str) -> None:
+    with pytest.raises(BackendError, match=r"it reads .*, not int4 g32"):
+        select_backend(name, [spec_of()])
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Torch", "auto "])

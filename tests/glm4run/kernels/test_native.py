@@ -11,7 +11,7 @@ import itertools
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -654,6 +654,9 @@ class WeightInFile:
 
     def side_tensors(self) -> tuple[Tensor, Tensor | None]:
         return self.weight.scale, self.weight.zero_point
+
+    def stored(self) -> Mapping[str, Tensor]:
+        raise AssertionError("read into memory")
 
     def location(self) -> FileRange:
         return self.place

@@ -83,6 +83,15 @@ def test_every_term_is_named_once_and_says_where_it_comes_from(device: str) -> N
     assert ("device_context" if device == "cuda" else "process") in {term.name for term in plan.terms}
 
 
+def test_every_logit_is_a_term_of_its_own() -> None:
+    """4 B x 151552 a position: 1184 MiB at 2048, as the head's output alone would be in float32."""
+    run = dataclasses.replace(run_of(), every_logits=True)
+    one, all_ = plan_run(run_of(), 2048), plan_run(run, 2048)
+    assert all_.bytes_of("every_logits") == 1184 * MIB
+    assert all_.peak_bytes >= one.peak_bytes + 1184 * MIB - one.bytes_of("logits")
+    assert {term.kind for term in all_.terms if term.name == "every_logits"} == {"exact"}
+
+
 def test_cache_that_the_runtime_lacks_is_no_exact_term() -> None:
     kinds = {term.name: term.kind for term in plan_run(run_of(kv_bits=8), 1024).terms}
     assert kinds["kv_cache"] == "modelled"

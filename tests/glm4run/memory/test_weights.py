@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import synthesize
 import torch
 
 from glm4run.cards import demo_folder, load_cards
 from glm4run.checkpoint.layouts import linear_shapes
-from glm4run.kernels import LinearSpec, load_backend
+from glm4run.config import ModelConfig
+from glm4run.kernels import BACKEND_NAMES, LinearSpec, load_backend
 from glm4run.kernels.cpu.library import why_missing
 from glm4run.kernels.reference import ReferenceBackend
 from glm4run.kernels.torch_ops import CPU_TILE_BYTES, CUDA_TILE_BYTES, Int4PackedWeight, TorchBackend, _int4_kernel_runs
@@ -98,6 +101,56 @@ def test_cache(member: str, dtype: str, context: int) -> None:
     config = load_cards()[member].config
     cache = KVCache(config, context, dtype=DTYPES[dtype], device=META)
     assert cache.nbytes == context * kv_bytes_per_token(config, DTYPES[dtype].itemsize)
+
+
+# The real 135M model's own shape; no group of 128 divides its 576 columns. Source: its config.json.
+SMALL = ModelConfig(
+    model_type="glm",
+    hidden_size=576,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=100000.0,
+    partial_rotary_factor=1.0,
+    attention_bias=True,
+    eos_token_id=(2, 0),
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "bits", "group", "head_bits"),
+    [(30, 4, None, 8), *((1, *rest) for rest in product((4, 8), (None, 32, 64), (8, 16)))],
+)
+def test_tensors_of_a_135m_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, bits: int, group: int | None, head_bits: int
+) -> None:
+    """Really loaded, by every backend of ours, with the cache that a conversation gets: each to the byte. Once all layers."""
+    monkeypatch.setattr(synthesize, "POOL_BYTES", 4 << 20)
+    config = dataclasses.replace(SMALL, num_hidden_layers=layers)
+    recipe, _ = choose_recipe(config, bits, group_size=group, head_bits=head_bits)
+    synthesize.synthesize(config, recipe, tmp_path / "model", demo_folder())
+    for backend in BACKEND_NAMES:
+        if backend in ("bitsandbytes", "quanto") or (backend == "native" and why_missing() is not None):
+            continue  # theirs are other weights
+        loaded = load_weights(tmp_path / "model", backend=backend, dtype="bf16", context_len=700)
+        model = loaded.model
+        packed = [m for name, m in model.named_modules() if isinstance(m, QuantizedLinear) and name != "lm_head"]
+        head = model.lm_head
+        head_bytes = head.prepacked.nbytes if isinstance(head, QuantizedLinear) else head.weight.nbytes
+        plan = loaded.plan
+        assert plan.bytes_of("linears", "scales", "head") == sum(m.prepacked.nbytes for m in packed) + head_bytes
+        assert plan.bytes_of("embedding") == model.model.embed_tokens.weight.nbytes == 2 * 49152 * 576
+        vectors = [p.nbytes for name, p in model.named_parameters() if name.endswith("bias") or "norm" in name]
+        assert plan.bytes_of("norms_and_biases") == sum(vectors)
+        assert plan.weight_bytes == weight_bytes(model)
+        cache = KVCache(config, plan.context_len, dtype=model.dtype, device=torch.device("cpu"))
+        assert plan.bytes_of("kv_cache") == cache.nbytes
 
 
 # --- the choice of kernels

@@ -53,6 +53,17 @@ def test_peak_is_that_of_the_traced_forward(member: str, bits: int, dtype: str, 
     assert traced * 0.999 <= planned <= traced * 1.06
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(16, "bf16"), (8, "bf16"), (4, "bf16"), (16, "fp16"), (16, "fp32")])
+@pytest.mark.parametrize(("context", "chunk"), [(64, 64), (1024, 512), (32768, 2048)])
+def test_peak_with_every_logit_is_that_of_the_trace(bits: int, dtype: str, context: int, chunk: int) -> None:
+    compute = compute_of("glm-4-9b-chat", bits, dtype)
+    schemes = choose_recipe(compute.config, bits)[0].schemes(compute.config) if bits < 16 else {}
+    model = meta_model(compute.config, schemes, dtype)
+    traced = trace_forward(model, context, chunk, every_position=True).peak
+    planned = forward_peak(compute, chunk, context, every_position=True).bytes
+    assert traced * 0.999 <= planned <= traced * 1.06
+
+
 def test_bound_of_the_scores_is_attention_s() -> None:
     assert workspace.MAX_SCORE_BYTES == MAX_SCORE_BYTES
 

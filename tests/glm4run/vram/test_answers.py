@@ -83,7 +83,7 @@ def test_drafts_need_logits_a_model_and_its_cache_at_the_real_context() -> None:
     ngram = asked.plan(Choice("4", drafted_tokens=4), 1024)
     assert ngram.peak_bytes >= asked.plan(Choice("4"), 1024).peak_bytes
     assert not ngram.bytes_of("draft_weights")
-    drafted = dataclasses.replace(asked, draft=find_subject("demo"), _runs={})
+    drafted = dataclasses.replace(asked, draft=find_subject("demo"))
     short, long = (drafted.plan(Choice("4", drafted_tokens=4), n) for n in (1024, 2048))
     assert short.bytes_of("draft_weights") == long.bytes_of("draft_weights") > 1_000_000
     assert long.bytes_of("draft_kv_cache") == 2 * short.bytes_of("draft_kv_cache") > 0
@@ -164,7 +164,7 @@ def test_every_layer_but_one_may_be_offloaded() -> None:
 
 def test_family_member_of_four_kv_heads_has_twice_the_cache() -> None:
     million = find_subject("glm-4-9b-chat-1m")
-    asked = dataclasses.replace(question(), subject=million, _runs={})
+    asked = dataclasses.replace(question(), subject=million)
     assert asked.plan(Choice("4"), 131072).bytes_of("kv_cache") == 10 * GIB
     assert million.context_limit == 1 << 20
     assert find_subject("GLM-4-9B-0414").context_limit == 131072  # with YaRN

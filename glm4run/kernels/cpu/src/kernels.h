@@ -38,32 +38,44 @@ struct AttentionRows {
     int64_t query_token, query_head;
     const void* key; // [S, D], rows D apart
     const void* value;
-    int64_t heads, head_dim, positions;
+    int64_t heads, head_dim;
+    int64_t seen; // positions that query 0 sees; each next one sees one more
     int32_t dtype;
     float scale;
 };
 
-constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and of two panels fit the first-level cache
+constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and their sums fit the first-level cache
 constexpr int64_t MAX_DECODE_TOKENS = 8;
 constexpr int64_t ATTENTION_LANES = 16; // query heads computed together
+
+// Part of a product with one panel: tokens, and groups of activations.
+struct GemmBlock {
+    int64_t first_token, last_token, first_group, last_group;
+};
 
 struct Kernels {
     const char* name;
     int32_t q8_offset; // what int8 values lie above the true ones in a product with int8 activations
     // Rows first..last of x into `out`; `x` has `out.columns` columns.
     void (*quantize)(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out);
-    // One panel: out float [M][16]. The first streams the panel once for few tokens; the second works on it in blocks.
-    void (*decode_panel)(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out);
-    void (*gemm_panel)(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out);
+    // For few tokens: streams `count` panels one after the other; out float [count][M][16].
+    void (*decode_panels)(const G4Weight& w, const uint8_t* panels, int64_t count, const QuantizedRows& x, float* out);
+    // For many: adds a block of the product with one panel to out float [M][16].
+    void (*gemm_panel)(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, const GemmBlock& block, float* out);
+    // Exact activations: out float [M][16].
     void (*exact_panel)(const G4Weight& w, const uint8_t* panel, const FloatRows& x, float* out);
+    // Sums float [M][16] of a panel's first `rows` rows, with their bias, to y [M, stride].
+    void (*write_panel)(const float* sums, int64_t tokens, int64_t rows, const void* bias, int32_t dtype, void* y,
+                        int64_t stride);
     void (*to_float)(const void* in, int32_t dtype, int64_t count, float* out);
     void (*from_float)(const float* in, int32_t dtype, int64_t count, void* out);
     void (*rms_norm)(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out);
     void (*silu_mul)(const void* gate, const void* up, int32_t dtype, int64_t size, void* out);
-    // Partial attention of one query token over positions first..last-1: out float [D][16], maxima and sums float [16].
-    void (*attend)(const AttentionRows& a, int64_t token, int64_t first, int64_t last, float* scratch, float* out,
-                   float* maxima, float* sums);
-    int64_t (*attend_scratch)(int64_t head_dim); // floats
+    // Partial attention of `tokens` query tokens from `token` on over positions first..last-1, of which each sees those
+    // up to its own. out, a token: sums of values float [D][16], then their maxima [16] and the sums of weights [16].
+    void (*attend)(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
+                   float* out);
+    int64_t (*attend_scratch)(int64_t head_dim, int64_t tokens); // floats
     // XOR of all bytes: the fastest way to read; `ahead` bytes of software prefetch, 0 for none.
     uint64_t (*read)(const uint8_t* memory, int64_t bytes, int64_t ahead);
 };

@@ -6,8 +6,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "half.h"
 #include "kernels.h"
+
+#define G4_NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -138,7 +142,7 @@ void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& o
     }
 }
 
-// Products of one panel
+// Products of panels
 
 // Where the parts of a panel are, and what its integer sums must be corrected by.
 struct Panel {
@@ -156,6 +160,12 @@ struct Panel {
           values(panel + values_offset(w)), scale_groups(weight_groups(w)),
           scale_bytes(LANES * dtype_bytes(w.scale_dtype)), dtype(w.scale_dtype), offset(value_offset),
           half(1 << (w.bits - 1)) {}
+
+    void move(int64_t bytes) {
+        scales += bytes;
+        values += bytes;
+        if (zero_points != nullptr) zero_points += bytes;
+    }
 };
 
 // A group of the weight: its scales, and its zero points as the sums see them.
@@ -174,123 +184,204 @@ struct GroupScale {
 
 // What the sums of products start from: minus zero point times the sum of x.
 template <int T>
-inline void start_sums(const GroupScale& group, const QuantizedRows& x, int64_t at, Int (&sums)[T]) {
+inline void start_sums(const GroupScale& group, const int32_t* x_sums, Int (&sums)[T]) {
     for (int t = 0; t < T; t++) {
-        const Int sum = Isa::int_set1(x.sum[at + t]);
+        const Int sum = Isa::int_set1(x_sums[t]);
         sums[t] = group.symmetric ? sum : Isa::int_mul(group.zero_point, sum);
     }
 }
 
-// out[t] += scale * x.scale[t] * sums[t]
-template <int T>
-inline void add_scaled(const GroupScale& group, const QuantizedRows& x, int64_t at, Int (&sums)[T], float* out) {
-    for (int t = 0; t < T; t++) {
-        const Float both = Isa::mul(group.scale, Isa::set1(x.scale[at + t]));
-        Isa::store(out + t * LANES, Isa::fma(both, Isa::to_float(sums[t]), Isa::load(out + t * LANES)));
-    }
+// total + scale * x.scale * sums
+inline Float add_scaled(const GroupScale& group, float x_scale, Int sums, Float total) {
+    return Isa::fma(Isa::mul(group.scale, Isa::set1(x_scale)), Isa::to_float(sums), total);
 }
 
-// The three products of integers. Each adds (value + offset) * x over one group to T tokens' sums.
+// The three products of integers. Each adds (value + offset) * x over one group to T tokens' sums. GROUP is x.group: as
+// a constant it makes every token's distance one, and the tokens share a register for their address.
 enum Form { INT4_INT8, INT8_INT8, INT8_INT16 };
 
-template <Form FORM, int T>
-inline void dot(const uint8_t* w, const QuantizedRows& x, int64_t at, Int (&sums)[T]) {
-    if constexpr (FORM == INT4_INT8) Isa::template dot_q4<T>(w, x.bytes(at), x.group, x.group, sums);
-    if constexpr (FORM == INT8_INT8) Isa::template dot_q8<T>(w, x.bytes(at), x.group, x.group, sums);
-    if constexpr (FORM == INT8_INT16) Isa::template dot_q8_x16<T>(w, x.words(at), x.group, x.group, sums);
+template <Form FORM, int GROUP, int T, typename Q>
+inline void dot(const uint8_t* w, const Q* x, Int (&sums)[T]) {
+    if constexpr (FORM == INT4_INT8) Isa::template dot_q4<T>(w, x, GROUP, GROUP, sums);
+    if constexpr (FORM == INT8_INT8) Isa::template dot_q8<T>(w, x, GROUP, GROUP, sums);
+    if constexpr (FORM == INT8_INT16) Isa::template dot_q8_x16<T>(w, x, GROUP, GROUP, sums);
 }
 
-template <Form FORM, int T>
-void decode_tokens(const Panel& p, const QuantizedRows& x, int64_t token, float* out) {
+// What a product reads of some tokens' activations, moved on group by group: nothing is looked up or multiplied between
+// two groups, or the instructions in flight would reach less far ahead into memory.
+template <Form FORM, int GROUP>
+struct Cursor {
+    using Q = typename std::conditional<FORM == INT8_INT16, int16_t, int8_t>::type;
+    const Q* q;
+    const float* scale;
+    const int32_t* sum;
+    int64_t tokens;
+
+    Cursor(const QuantizedRows& x, int64_t group, int64_t token)
+        : q(static_cast<const Q*>(x.q) + (group * x.tokens + token) * GROUP), scale(x.scale + group * x.tokens + token),
+          sum(x.sum + group * x.tokens + token), tokens(x.tokens) {}
+    void next_group() {
+        q += tokens * GROUP;
+        scale += tokens;
+        sum += tokens;
+    }
+};
+
+// T tokens' products with P neighbouring panels, `stride` bytes apart: P streams at once, where the memory's own
+// prefetchers keep more of them under way than of one. `each` groups of activations meet one scale.
+template <Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
+G4_NOINLINE void decode_tokens(const Panel& p, int64_t stride, int64_t each, const QuantizedRows& x, int64_t token,
+                               float* out) {
     constexpr int BITS = FORM == INT4_INT8 ? 4 : 8;
-    const int64_t bytes = x.group * LANES * BITS / 8, groups = x.groups(), each = groups / p.scale_groups;
-    memset(out, 0, T * LANES * 4);
+    constexpr int64_t BYTES = GROUP * LANES * BITS / 8;
+    Cursor<FORM, GROUP> at(x, 0, token);
+    Float totals[P][T];
+    for (int i = 0; i < P; i++)
+        for (int t = 0; t < T; t++) totals[i][t] = Isa::zero();
     const uint8_t* w = p.values;
-    for (int64_t s = 0, g = 0; s < p.scale_groups; s++) {
-        const GroupScale scale(p, s);
-        for (int64_t i = 0; i < each; i++, g++, w += bytes) {
-            if constexpr (Isa::PREFETCH_BYTES != 0)
-                for (int64_t ahead = 0; ahead < bytes; ahead += 64) Isa::prefetch(w + ahead + Isa::PREFETCH_BYTES);
-            const int64_t at = g * x.tokens + token;
+    const uint8_t* const end = w + p.scale_groups * each * BYTES;
+    const uint8_t* scales = p.scales;
+    const uint8_t* zero_points = p.zero_points;
+    const int64_t scale_bytes = p.scale_bytes;
+    const int32_t dtype = p.dtype;
+    const Int zero_offset = Isa::int_set1(p.half - p.offset);
+    for (int64_t left = each; w < end; w += BYTES, at.next_group()) {
+#pragma GCC unroll 4
+        for (int i = 0; i < P; i++) {
+            const uint8_t* values = w + i * stride;
+            if constexpr (Isa::PREFETCH_BYTES != 0 && P == 1)
+                for (int64_t ahead = 0; ahead < BYTES; ahead += 64) Isa::prefetch(values + ahead + Isa::PREFETCH_BYTES);
             Int sums[T];
-            start_sums<T>(scale, x, at, sums);
-            dot<FORM, T>(w, x, at, sums);
-            add_scaled<T>(scale, x, at, sums, out);
-        }
-    }
-}
-
-template <Form FORM>
-void decode_panel_form(const Panel& p, const QuantizedRows& x, float* out) {
-    int64_t token = 0;
-    for (; token + Isa::DECODE_TOKENS <= x.tokens; token += Isa::DECODE_TOKENS)
-        decode_tokens<FORM, Isa::DECODE_TOKENS>(p, x, token, out + token * LANES);
-    for (; token + 2 <= x.tokens; token += 2) decode_tokens<FORM, 2>(p, x, token, out + token * LANES);
-    if (token < x.tokens) decode_tokens<FORM, 1>(p, x, token, out + token * LANES);
-}
-
-// A group of a block's tokens: `w` is the group as the panel holds it, or its int4 values unpacked to bytes.
-template <Form FORM, int T>
-inline void gemm_tile(const GroupScale& scale, const uint8_t* w, const QuantizedRows& x, int64_t at, float* out) {
-    Int sums[T];
-    start_sums<T>(scale, x, at, sums);
-    if constexpr (FORM == INT4_INT8) {
-        Isa::template gemm_u4<T>(w, x.bytes(at), x.group, x.group, sums);
-    } else {
-        dot<FORM, T>(w, x, at, sums);
-    }
-    add_scaled<T>(scale, x, at, sums, out);
-}
-
-// Blocks of tokens, in them group by group: a group of the weight is unpacked once a block and met by all its tokens.
-template <Form FORM, bool UNPACK>
-void gemm_panel_form(const Panel& p, const QuantizedRows& x, float* out) {
-    constexpr int T = Isa::GEMM_TOKENS;
-    constexpr int BITS = UNPACK ? 4 : 8;
-    alignas(64) uint8_t unpacked[64 * LANES];
-    const int64_t bytes = x.group * LANES * BITS / 8, groups = x.groups(), each = groups / p.scale_groups;
-    memset(out, 0, size_t(x.tokens * LANES * 4));
-    for (int64_t block = 0; block < x.tokens; block += GEMM_BLOCK_TOKENS) {
-        const int64_t end = smaller(block + GEMM_BLOCK_TOKENS, x.tokens);
-        for (int64_t s = 0, g = 0; s < p.scale_groups; s++) {
-            const GroupScale scale(p, s);
-            for (int64_t i = 0; i < each; i++, g++) {
-                const uint8_t* w = p.values + g * bytes;
-                if constexpr (UNPACK) {
-                    Isa::unpack_q4(w, unpacked, x.group);
-                    w = unpacked;
-                }
-                int64_t t = block;
-                for (; t + T <= end; t += T)
-                    gemm_tile<FORM, T>(scale, w, x, g * x.tokens + t, out + t * LANES);
-                for (; t < end; t++) gemm_tile<FORM, 1>(scale, w, x, g * x.tokens + t, out + t * LANES);
+            for (int t = 0; t < T; t++) {
+                sums[t] = Isa::int_set1(at.sum[t]);
+                if constexpr (!SYMMETRIC)
+                    sums[t] = Isa::int_mul(Isa::int_sub(Isa::load_bytes(zero_points + i * stride), zero_offset), sums[t]);
             }
+            dot<FORM, GROUP, T>(values, at.q, sums);
+            const Float scale = Isa::load_scales(scales + i * stride, dtype);
+            for (int t = 0; t < T; t++)
+                totals[i][t] = Isa::fma(Isa::mul(scale, Isa::set1(at.scale[t])), Isa::to_float(sums[t]), totals[i][t]);
         }
+        left--;
+        scales += left == 0 ? scale_bytes : 0;
+        if constexpr (!SYMMETRIC) zero_points += left == 0 ? LANES : 0;
+        left = left == 0 ? each : left;
+    }
+    for (int i = 0; i < P; i++)
+        for (int t = 0; t < T; t++) Isa::store(out + (i * x.tokens + t) * LANES, totals[i][t]);
+}
+
+// `tokens` from `token` on with P panels: T at a time, and what is left in fewer. Many tokens' sums leave registers for
+// few panels only.
+template <Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
+inline void decode_some(Panel p, int64_t stride, int64_t each, const QuantizedRows& x, int64_t token, float* out) {
+    constexpr int WIDE = T > 4 ? 1 : P;
+    for (; token + T <= x.tokens; token += T) {
+        Panel part = p;
+        for (int i = 0; i < P; i += WIDE, part.move(WIDE * stride))
+            decode_tokens<FORM, GROUP, T, WIDE, SYMMETRIC>(part, stride, each, x, token,
+                                                           out + (i * x.tokens + token) * LANES);
+    }
+    if constexpr (T > 1) decode_some<FORM, GROUP, T / 2, P, SYMMETRIC>(p, stride, each, x, token, out);
+}
+
+// P panels at a time while there are as many.
+template <Form FORM, int GROUP, int P, bool SYMMETRIC>
+inline void decode_run(Panel& p, int64_t& count, int64_t stride, const QuantizedRows& x, float*& out) {
+    const int64_t each = x.groups() / p.scale_groups;
+    for (; count >= P; count -= P, p.move(P * stride), out += P * x.tokens * LANES)
+        decode_some<FORM, GROUP, Isa::DECODE_TOKENS, P, SYMMETRIC>(p, stride, each, x, 0, out);
+}
+
+template <Form FORM, int GROUP, bool SYMMETRIC>
+void decode_panels_form(Panel p, int64_t count, int64_t stride, const QuantizedRows& x, float* out) {
+    if constexpr (Isa::DECODE_PANELS > 1) decode_run<FORM, GROUP, Isa::DECODE_PANELS, SYMMETRIC>(p, count, stride, x, out);
+    decode_run<FORM, GROUP, 1, SYMMETRIC>(p, count, stride, x, out);
+}
+
+// A group of some tokens: `w` is the group as the panel holds it, or its int4 values unpacked to bytes.
+template <Form FORM, int GROUP, int T>
+inline void gemm_tile(const GroupScale& scale, const uint8_t* w, const Cursor<FORM, GROUP>& at, int64_t t, float* out) {
+    Int sums[T];
+    start_sums<T>(scale, at.sum + t, sums);
+    if constexpr (FORM == INT4_INT8) {
+        Isa::template gemm_u4<T>(w, at.q + t * GROUP, GROUP, GROUP, sums);
+    } else {
+        dot<FORM, GROUP, T>(w, at.q + t * GROUP, sums);
+    }
+    const float* scales = at.scale + t;
+    float* target = out + t * LANES;
+    for (int i = 0; i < T; i++)
+        Isa::store(target + i * LANES, add_scaled(scale, scales[i], sums[i], Isa::load(target + i * LANES)));
+}
+
+// Tokens t..end in tiles of T, and what is left in smaller ones.
+template <Form FORM, int GROUP, int T>
+inline void gemm_tiles(const GroupScale& scale, const uint8_t* w, const Cursor<FORM, GROUP>& at, int64_t t, int64_t end,
+                       float* out) {
+    for (; t + T <= end; t += T) gemm_tile<FORM, GROUP, T>(scale, w, at, t, out);
+    if constexpr (T > 1) gemm_tiles<FORM, GROUP, (T > 8 ? 8 : T / 2)>(scale, w, at, t, end, out);
+}
+
+// A group of the weight is unpacked once and met by all of the block's tokens.
+template <Form FORM, int GROUP, bool UNPACK>
+void gemm_panel_form(const Panel& p, const QuantizedRows& x, const GemmBlock& block, float* out) {
+    constexpr int T = FORM == INT8_INT16 ? Isa::GEMM_TOKENS_X16 : Isa::GEMM_TOKENS;
+    constexpr int BITS = UNPACK ? 4 : 8;
+    alignas(64) uint8_t unpacked[GROUP * LANES];
+    const int64_t bytes = GROUP * LANES * BITS / 8, each = x.groups() / p.scale_groups;
+    Cursor<FORM, GROUP> at(x, block.first_group, block.first_token);
+    float* first = out + block.first_token * LANES;
+    for (int64_t g = block.first_group; g < block.last_group; g++, at.next_group()) {
+        const GroupScale scale(p, g / each);
+        const uint8_t* w = p.values + g * bytes;
+        if constexpr (UNPACK) {
+            Isa::unpack_q4(w, unpacked, GROUP);
+            w = unpacked;
+        }
+        gemm_tiles<FORM, GROUP, T>(scale, w, at, 0, block.last_token - block.first_token, first);
     }
 }
 
-void gemm_panel(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out) {
+template <int GROUP>
+void gemm_panel_group(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, const GemmBlock& block, float* out) {
     if (w.bits == 4 && x.bits == 8) {
-        gemm_panel_form<INT4_INT8, true>(Panel(w, panel, 8), x, out);
-    } else if (w.bits == 4) {
-        gemm_panel_form<INT8_INT16, true>(Panel(w, panel, 8), x, out); // u in 0..15 is the same signed or not
+        gemm_panel_form<INT4_INT8, GROUP, true>(Panel(w, panel, 8), x, block, out);
+    } else if (w.bits == 4) { // u in 0..15 is the same signed or not
+        gemm_panel_form<INT8_INT16, GROUP, true>(Panel(w, panel, 8), x, block, out);
     } else if (x.bits == 8) {
-        gemm_panel_form<INT8_INT8, false>(Panel(w, panel, Isa::Q8_OFFSET), x, out);
+        gemm_panel_form<INT8_INT8, GROUP, false>(Panel(w, panel, Isa::Q8_OFFSET), x, block, out);
     } else {
-        gemm_panel_form<INT8_INT16, false>(Panel(w, panel, 0), x, out);
+        gemm_panel_form<INT8_INT16, GROUP, false>(Panel(w, panel, 0), x, block, out);
     }
 }
 
-void decode_panel(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, float* out) {
+void gemm_panel(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, const GemmBlock& block, float* out) {
+    x.group == 64 ? gemm_panel_group<64>(w, panel, x, block, out) : gemm_panel_group<32>(w, panel, x, block, out);
+}
+
+template <int GROUP>
+void decode_panels_group(const G4Weight& w, const uint8_t* panels, int64_t count, const QuantizedRows& x, float* out) {
+    const int64_t stride = panel_bytes(w);
+    const Panel p(w, panels, w.bits == 4 ? 8 : x.bits == 8 ? Isa::Q8_OFFSET : 0);
     if (w.bits == 4 && x.bits == 8) {
-        decode_panel_form<INT4_INT8>(Panel(w, panel, 8), x, out);
+        p.zero_points == nullptr ? decode_panels_form<INT4_INT8, GROUP, true>(p, count, stride, x, out)
+                             : decode_panels_form<INT4_INT8, GROUP, false>(p, count, stride, x, out);
     } else if (w.bits == 4) {
-        gemm_panel(w, panel, x, out);
+        memset(out, 0, size_t(count * x.tokens * LANES * 4));
+        for (int64_t i = 0; i < count; i++)
+            gemm_panel(w, panels + i * stride, x, {0, x.tokens, 0, x.groups()}, out + i * x.tokens * LANES);
     } else if (x.bits == 8) {
-        decode_panel_form<INT8_INT8>(Panel(w, panel, Isa::Q8_OFFSET), x, out);
+        p.zero_points == nullptr ? decode_panels_form<INT8_INT8, GROUP, true>(p, count, stride, x, out)
+                             : decode_panels_form<INT8_INT8, GROUP, false>(p, count, stride, x, out);
     } else {
-        decode_panel_form<INT8_INT16>(Panel(w, panel, 0), x, out);
+        p.zero_points == nullptr ? decode_panels_form<INT8_INT16, GROUP, true>(p, count, stride, x, out)
+                             : decode_panels_form<INT8_INT16, GROUP, false>(p, count, stride, x, out);
     }
+}
+
+void decode_panels(const G4Weight& w, const uint8_t* panels, int64_t count, const QuantizedRows& x, float* out) {
+    x.group == 64 ? decode_panels_group<64>(w, panels, count, x, out) : decode_panels_group<32>(w, panels, count, x, out);
 }
 
 // sums[t] += x[t] over `count` columns of 16 rows: w float [count][16], x[t] = x + t * token_stride, k_stride apart.
@@ -350,6 +441,24 @@ void exact_panel(const G4Weight& w, const uint8_t* panel, const FloatRows& x, fl
     }
 }
 
+// Sums float [M][16] of a panel's first `rows` rows, with their bias, to y.
+void write_panel(const float* sums, int64_t tokens, int64_t rows, const void* bias, int32_t dtype, void* y,
+                 int64_t stride) {
+    const int64_t element = dtype_bytes(dtype);
+    float added[LANES] = {}, row[LANES];
+    if (bias != nullptr) to_float(bias, dtype, rows, added);
+    const Float added_lanes = Isa::load(added);
+    for (int64_t m = 0; m < tokens; m++) {
+        Isa::store(row, Isa::add(Isa::load(sums + m * LANES), added_lanes));
+        char* target = static_cast<char*>(y) + m * stride * element;
+        if (rows == LANES && dtype == G4_BF16) {
+            from_float(row, G4_BF16, LANES, target);
+        } else {
+            from_float(row, dtype, rows, target);
+        }
+    }
+}
+
 // The rest of a layer
 
 // x / sqrt(mean(x^2) + eps) * weight. Source: arXiv 1910.07467.
@@ -399,7 +508,9 @@ void silu_mul(const void* gate, const void* up, int32_t dtype, int64_t size, voi
 
 constexpr int64_t ATTENTION_BLOCK = 32; // positions
 
-int64_t attend_scratch(int64_t head_dim) { return head_dim * LANES + ATTENTION_BLOCK * (head_dim + LANES); }
+int64_t attend_scratch(int64_t head_dim, int64_t tokens) {
+    return tokens * (head_dim + ATTENTION_BLOCK) * LANES + ATTENTION_BLOCK * head_dim;
+}
 
 template <int T>
 inline void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
@@ -410,55 +521,79 @@ inline void attend_values(const float* weights, const float* values, int64_t hea
     for (int t = 0; t < T; t++) Isa::store(out + (d + t) * LANES, sums[t]);
 }
 
-void attend(const AttentionRows& a, int64_t token, int64_t first, int64_t last, float* scratch, float* out,
-            float* maxima, float* sums) {
+// Scores of `count` positions, rows [count][D], for one token.
+inline void attend_scores(const float* query, const float* rows, int64_t head_dim, int64_t count, float* scores) {
     constexpr int T = Isa::FMA_TOKENS;
-    const int64_t D = a.head_dim, element = dtype_bytes(a.dtype);
-    float* query = scratch;                       // [D][16]
-    float* rows = query + D * LANES;              // [ATTENTION_BLOCK][D]
-    float* scores = rows + ATTENTION_BLOCK * D;   // [ATTENTION_BLOCK][16]
-    memset(query, 0, size_t(D * LANES * 4));
-    for (int64_t h = 0; h < a.heads; h++) {
-        const char* row = static_cast<const char*>(a.query) + (token * a.query_token + h * a.query_head) * element;
-        to_float(row, a.dtype, D, rows);
-        for (int64_t d = 0; d < D; d++) query[d * LANES + h] = rows[d] * a.scale;
+    int64_t i = 0;
+    for (; i + T <= count; i += T) {
+        Float dots[T];
+        for (int t = 0; t < T; t++) dots[t] = Isa::zero();
+        fma_tile<T>(query, rows + i * head_dim, head_dim, 1, head_dim, dots);
+        for (int t = 0; t < T; t++) Isa::store(scores + (i + t) * LANES, dots[t]);
     }
-    memset(out, 0, size_t(D * LANES * 4));
-    Float highest = Isa::set1(-3.0e38f), total = Isa::zero();
+    for (; i < count; i++) {
+        Float dots[1] = {Isa::zero()};
+        fma_tile<1>(query, rows + i * head_dim, head_dim, 1, head_dim, dots);
+        Isa::store(scores + i * LANES, dots[0]);
+    }
+}
+
+// Scores to weights under a maximum that may have grown, for which `out` is scaled down. Source: arXiv 1805.02867.
+inline void attend_softmax(float* scores, int64_t head_dim, int64_t count, float* out, float* maxima, float* sums) {
+    const Float highest = Isa::load(maxima);
+    Float block_highest = highest;
+    for (int64_t i = 0; i < count; i++) block_highest = Isa::max(block_highest, Isa::load(scores + i * LANES));
+    float shift[LANES], old[LANES];
+    Isa::store(shift, block_highest);
+    Isa::store(old, highest);
+    for (int l = 0; l < LANES; l++) old[l] = exp_of(old[l] - shift[l]);
+    for (int64_t i = 0; i < count * LANES; i++) scores[i] = exp_of(scores[i] - shift[i % LANES]);
+    const Float rescale = Isa::load(old);
+    Float total = Isa::mul(Isa::load(sums), rescale);
+    for (int64_t i = 0; i < count; i++) total = Isa::add(total, Isa::load(scores + i * LANES));
+    for (int64_t d = 0; d < head_dim; d++) Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
+    Isa::store(maxima, block_highest);
+    Isa::store(sums, total);
+}
+
+// Block by block of positions, which are made floats once for all tokens.
+void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
+            float* out) {
+    constexpr int T = Isa::FMA_TOKENS;
+    const int64_t D = a.head_dim, element = dtype_bytes(a.dtype), each = (D + 2) * LANES;
+    float* rows = scratch;                        // [ATTENTION_BLOCK][D]
+    float* queries = rows + ATTENTION_BLOCK * D;  // [tokens][D][16]
+    float* scores = queries + tokens * D * LANES; // [tokens][ATTENTION_BLOCK][16]
+    memset(queries, 0, size_t(tokens * D * LANES * 4));
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t h = 0; h < a.heads; h++) {
+            const int64_t at = (token + t) * a.query_token + h * a.query_head;
+            to_float(static_cast<const char*>(a.query) + at * element, a.dtype, D, rows);
+            for (int64_t d = 0; d < D; d++) queries[(t * D + d) * LANES + h] = rows[d] * a.scale;
+        }
+        memset(out + t * each, 0, size_t(each * 4));
+        Isa::store(out + t * each + D * LANES, Isa::set1(-3.0e38f));
+    }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
         const int64_t count = smaller(ATTENTION_BLOCK, last - s);
         to_float(static_cast<const char*>(a.key) + s * D * element, a.dtype, count * D, rows);
-        int64_t i = 0;
-        for (; i + T <= count; i += T) {
-            Float dots[T];
-            for (int t = 0; t < T; t++) dots[t] = Isa::zero();
-            fma_tile<T>(query, rows + i * D, D, 1, D, dots);
-            for (int t = 0; t < T; t++) Isa::store(scores + (i + t) * LANES, dots[t]);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t seen = smaller(count, a.seen + token + t - s);
+            if (seen <= 0) continue;
+            float *mine = scores + t * ATTENTION_BLOCK * LANES, *maxima = out + t * each + D * LANES;
+            attend_scores(queries + t * D * LANES, rows, D, seen, mine);
+            attend_softmax(mine, D, seen, out + t * each, maxima, maxima + LANES);
         }
-        for (; i < count; i++) {
-            Float dots[1] = {Isa::zero()};
-            fma_tile<1>(query, rows + i * D, D, 1, D, dots);
-            Isa::store(scores + i * LANES, dots[0]);
-        }
-        Float block_highest = highest;
-        for (i = 0; i < count; i++) block_highest = Isa::max(block_highest, Isa::load(scores + i * LANES));
-        float shift[LANES], old[LANES];
-        Isa::store(shift, block_highest);
-        Isa::store(old, highest);
-        for (int l = 0; l < LANES; l++) old[l] = exp_of(old[l] - shift[l]);
-        for (i = 0; i < count * LANES; i++) scores[i] = exp_of(scores[i] - shift[i % LANES]);
-        const Float rescale = Isa::load(old);
-        total = Isa::mul(total, rescale);
-        for (i = 0; i < count; i++) total = Isa::add(total, Isa::load(scores + i * LANES));
-        for (int64_t d = 0; d < D; d++) Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
-        highest = block_highest;
         to_float(static_cast<const char*>(a.value) + s * D * element, a.dtype, count * D, rows);
-        int64_t d = 0;
-        for (; d + T <= D; d += T) attend_values<T>(scores, rows, D, count, d, out);
-        for (; d < D; d++) attend_values<1>(scores, rows, D, count, d, out);
+        for (int64_t t = 0; t < tokens; t++) {
+            const int64_t seen = smaller(count, a.seen + token + t - s);
+            if (seen <= 0) continue;
+            const float* mine = scores + t * ATTENTION_BLOCK * LANES;
+            int64_t d = 0;
+            for (; d + T <= D; d += T) attend_values<T>(mine, rows, D, seen, d, out + t * each);
+            for (; d < D; d++) attend_values<1>(mine, rows, D, seen, d, out + t * each);
+        }
     }
-    Isa::store(maxima, highest);
-    Isa::store(sums, total);
 }
 
 uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
@@ -481,5 +616,5 @@ uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
 } // namespace
 
 #define G4_KERNELS(symbol, name)                                                                                       \
-    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panel, gemm_panel, exact_panel,    to_float,             \
+    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panels, gemm_panel, exact_panel, write_panel, to_float,             \
                                    from_float, rms_norm, silu_mul,     attend,     attend_scratch, read_all};

@@ -69,10 +69,12 @@ void rope_piece(const void* context, int64_t index, Ticket&) {
     }
 }
 
-// Attention is shared out over KV heads, groups of 16 query heads, new tokens and stretches of the context; a second
-// job adds the stretches up.
+// Attention of few new tokens is shared out over KV heads, groups of 16 query heads, tokens and stretches of the
+// context; a second job adds the stretches up.
 constexpr int64_t MIN_STRETCH = 256; // positions
 constexpr int64_t MAX_STRETCHES = 64;
+constexpr int64_t FEW_TOKENS = 8;      // up to so many, stretches of the context are what can be shared out
+constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 
 struct AttentionContext {
     const Kernels* kernels;
@@ -97,14 +99,9 @@ AttentionPart part_of(const AttentionContext& c, int64_t index) {
     return {index / (c.lane_groups * c.kv_heads), index / c.lane_groups % c.kv_heads, index % c.lane_groups};
 }
 
-void attend_piece(const void* context, int64_t index, Ticket& ticket) {
-    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
-    const AttentionPart part = part_of(c, index / c.stretches);
+AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     const int64_t element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
     const int64_t left = c.repeat() - first_head;
-    const int64_t seen = c.positions - c.tokens + part.token + 1;
-    const int64_t first = index % c.stretches * c.stretch;
-    const int64_t last = first + c.stretch < seen ? first + c.stretch : seen;
     AttentionRows rows{};
     rows.query = c.query + (part.kv_head * c.repeat() + first_head) * c.query_head * element;
     rows.query_token = c.query_token;
@@ -113,13 +110,44 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     rows.value = c.value + part.kv_head * c.kv_head * element;
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
     rows.head_dim = c.head_dim;
-    rows.positions = c.positions;
+    rows.seen = c.positions - c.tokens + 1;
     rows.dtype = c.dtype;
     rows.scale = c.scale;
-    float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim) * 4)));
-    float* out = c.partial + index * c.partial_floats();
-    float* maxima = out + c.head_dim * ATTENTION_LANES;
-    c.kernels->attend(rows, part.token, first, last, scratch, out, maxima, maxima + ATTENTION_LANES);
+    return rows;
+}
+
+void attend_piece(const void* context, int64_t index, Ticket& ticket) {
+    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
+    const AttentionPart part = part_of(c, index / c.stretches);
+    const int64_t seen = c.positions - c.tokens + part.token + 1, first = index % c.stretches * c.stretch;
+    const int64_t last = first + c.stretch < seen ? first + c.stretch : seen;
+    float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim, 1) * 4)));
+    c.kernels->attend(rows_of(c, part), part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
+}
+
+// Many new tokens: a piece is some of them over all positions, the longest first.
+void attend_many_piece(const void* context, int64_t index, Ticket& ticket) {
+    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
+    const int64_t blocks = (c.tokens + PREFILL_TOKENS - 1) / PREFILL_TOKENS, D = c.head_dim;
+    const int64_t groups = c.kv_heads * c.lane_groups, token = (blocks - 1 - index / groups) * PREFILL_TOKENS;
+    const int64_t tokens = c.tokens - token < PREFILL_TOKENS ? c.tokens - token : PREFILL_TOKENS;
+    const AttentionPart part{token, index / c.lane_groups % c.kv_heads, index % c.lane_groups};
+    const AttentionRows rows = rows_of(c, part);
+    const int64_t scratch_floats = c.kernels->attend_scratch(D, tokens);
+    float* scratch = static_cast<float*>(ticket.scratch(size_t((scratch_floats + tokens * c.partial_floats()) * 4)));
+    float* sums = scratch + scratch_floats;
+    c.kernels->attend(rows, token, tokens, 0, rows.seen + token + tokens - 1, scratch, sums);
+    if (!ticket.begin_write()) return;
+    const int64_t first_head = part.kv_head * c.repeat() + part.lane_group * ATTENTION_LANES;
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* mine = sums + t * c.partial_floats();
+        const float* totals = mine + (D + 1) * ATTENTION_LANES;
+        for (int64_t lane = 0; lane < rows.heads; lane++) {
+            for (int64_t d = 0; d < D; d++) scratch[d] = mine[d * ATTENTION_LANES + lane] / totals[lane];
+            char* out = c.out + ((token + t) * c.heads + first_head + lane) * D * dtype_bytes(c.dtype);
+            c.kernels->from_float(scratch, c.dtype, D, out);
+        }
+    }
 }
 
 void combine_piece(const void* context, int64_t index, Ticket& ticket) {
@@ -194,6 +222,7 @@ G4_API void g4_rope(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64
 // Floats of work memory that g4_attention wants.
 G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t positions) {
+    if (tokens > FEW_TOKENS) return 0;
     const AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
     return tokens * kv_heads * c.lane_groups * c.stretches * c.partial_floats();
 }
@@ -214,6 +243,10 @@ G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_h
     c.kv_head = kv_head;
     c.dtype = dtype;
     c.scale = 1.0f / sqrtf(float(head_dim));
+    if (tokens > FEW_TOKENS) {
+        pool_run({attend_many_piece, pieces_of(tokens, PREFILL_TOKENS) * kv_heads * c.lane_groups, true}, &c, sizeof c);
+        return;
+    }
     const int64_t parts = tokens * kv_heads * c.lane_groups;
     pool_run({attend_piece, parts * c.stretches, false}, &c, sizeof c);
     pool_run({combine_piece, parts, false}, &c, sizeof c);

@@ -15,8 +15,11 @@
 namespace {
 
 constexpr int MAX_OUTPUTS = 3; // query, key and value of a layer in one job
+// Most of a streamed weight goes in long pieces: at each new one the memory's prefetchers start again. The last go in
+// short ones, so that the threads end together.
+constexpr int64_t DECODE_LONG_PIECE_BYTES = 512 << 10;
 constexpr int64_t DECODE_PIECE_BYTES = 96 << 10;
-constexpr int64_t GEMM_PIECE_PANELS = 2;
+constexpr int64_t GEMM_PIECE_PANELS = 4;
 
 struct Output {
     G4Weight weight;
@@ -31,7 +34,7 @@ struct LinearContext {
     const Kernels* kernels;
     QuantizedRows quantized;
     FloatRows exact; // x null: quantized activations
-    int64_t tokens, panels, piece_panels;
+    int64_t tokens, panels, piece_panels, long_pieces, long_panels;
     int32_t count, dtype;
 };
 static_assert(sizeof(LinearContext) <= MAX_CONTEXT, "pool.h: MAX_CONTEXT");
@@ -61,49 +64,76 @@ Scratch& scratch() {
     return *one;
 }
 
-// Writes one panel's sums float [M][16] to its output, with the bias.
-void write_panel(const LinearContext& c, const Output& out, int64_t panel, const float* sums) {
-    const int64_t first = panel * PANEL_ROWS;
-    const int64_t rows = out.weight.rows - first < PANEL_ROWS ? out.weight.rows - first : PANEL_ROWS;
-    const int64_t element = dtype_bytes(c.dtype);
-    float bias[PANEL_ROWS] = {};
-    if (out.bias != nullptr)
-        c.kernels->to_float(static_cast<const char*>(out.bias) + first * element, c.dtype, rows, bias);
-    for (int64_t m = 0; m < c.tokens; m++) {
-        float row[PANEL_ROWS];
-        for (int64_t r = 0; r < PANEL_ROWS; r++) row[r] = sums[m * PANEL_ROWS + r] + bias[r];
-        c.kernels->from_float(row, c.dtype, rows, static_cast<char*>(out.y) + (m * out.stride + first) * element);
+// What a block of activations may take of the second-level cache: it is met by every panel of a piece.
+constexpr int64_t GEMM_BLOCK_BYTES = 256 << 10;
+
+struct PanelPlace {
+    const Output* output;
+    int64_t index; // in its weight
+    const uint8_t* data;
+};
+
+PanelPlace place_of(const LinearContext& c, int64_t panel) {
+    int at = 0;
+    while (at + 1 < c.count && panel >= c.outputs[at + 1].first_panel) at++;
+    const Output& out = c.outputs[at];
+    const int64_t index = panel - out.first_panel;
+    return {&out, index, out.weight.data + index * panel_bytes(out.weight)};
+}
+
+// Panels first..last times all tokens, block by block of the activations.
+void gemm_panels(const LinearContext& c, int64_t first, int64_t last, float* sums) {
+    const QuantizedRows& x = c.quantized;
+    const int64_t block_tokens = c.tokens < GEMM_BLOCK_TOKENS ? c.tokens : GEMM_BLOCK_TOKENS;
+    const int64_t fitting = GEMM_BLOCK_BYTES / (block_tokens * x.group * x.bits / 8), groups = x.groups();
+    const int64_t each = c.tokens * PANEL_ROWS;
+    memset(sums, 0, size_t((last - first) * each * 4));
+    for (int64_t token = 0; token < c.tokens; token += block_tokens) {
+        const int64_t end = token + block_tokens < c.tokens ? token + block_tokens : c.tokens;
+        for (int64_t group = 0; group < groups; group += fitting) {
+            const GemmBlock block{token, end, group, group + fitting < groups ? group + fitting : groups};
+            for (int64_t panel = first; panel < last; panel++) {
+                const PanelPlace place = place_of(c, panel);
+                c.kernels->gemm_panel(place.output->weight, place.data, x, block, sums + (panel - first) * each);
+            }
+        }
     }
 }
 
 void linear_piece(const void* context, int64_t index, Ticket& ticket) {
     const LinearContext& c = *static_cast<const LinearContext*>(context);
-    const int64_t first = index * c.piece_panels;
-    const int64_t last = first + c.piece_panels < c.panels ? first + c.piece_panels : c.panels;
+    const bool is_long = index < c.long_pieces;
+    const int64_t size = is_long ? c.long_panels : c.piece_panels;
+    const int64_t first = is_long ? index * size : c.long_pieces * c.long_panels + (index - c.long_pieces) * size;
+    const int64_t last = first + size < c.panels ? first + size : c.panels;
     const int64_t each = c.tokens * PANEL_ROWS;
     float* sums = static_cast<float*>(ticket.scratch(size_t((last - first) * each * 4)));
-    int at = 0;
-    const auto output_of = [&](int64_t panel) -> const Output& {
-        while (at + 1 < c.count && panel >= c.outputs[at + 1].first_panel) at++;
-        return c.outputs[at];
-    };
-    for (int64_t panel = first; panel < last; panel++) {
-        const Output& out = output_of(panel);
-        const uint8_t* data = out.weight.data + (panel - out.first_panel) * panel_bytes(out.weight);
-        float* target = sums + (panel - first) * each;
-        if (c.exact.x != nullptr) {
-            c.kernels->exact_panel(out.weight, data, c.exact, target);
-        } else if (c.tokens <= MAX_DECODE_TOKENS) {
-            c.kernels->decode_panel(out.weight, data, c.quantized, target);
-        } else {
-            c.kernels->gemm_panel(out.weight, data, c.quantized, target);
+    if (c.exact.x == nullptr && c.tokens > MAX_DECODE_TOKENS) {
+        gemm_panels(c, first, last, sums);
+    } else {
+        for (int64_t panel = first; panel < last;) {
+            const PanelPlace place = place_of(c, panel);
+            const G4Weight& w = place.output->weight;
+            float* target = sums + (panel - first) * each;
+            if (c.exact.x != nullptr) {
+                c.kernels->exact_panel(w, place.data, c.exact, target);
+                panel++;
+            } else {
+                const int64_t left = panel_count(w) - place.index, count = left < last - panel ? left : last - panel;
+                c.kernels->decode_panels(w, place.data, count, c.quantized, target);
+                panel += count;
+            }
         }
     }
     if (!ticket.begin_write()) return;
-    at = 0;
     for (int64_t panel = first; panel < last; panel++) {
-        const Output& out = output_of(panel);
-        write_panel(c, out, panel - out.first_panel, sums + (panel - first) * each);
+        const PanelPlace place = place_of(c, panel);
+        const Output& out = *place.output;
+        const int64_t row = place.index * PANEL_ROWS, element = dtype_bytes(c.dtype);
+        const int64_t rows = out.weight.rows - row < PANEL_ROWS ? out.weight.rows - row : PANEL_ROWS;
+        const char* bias = out.bias == nullptr ? nullptr : static_cast<const char*>(out.bias) + row * element;
+        c.kernels->write_panel(sums + (panel - first) * each, c.tokens, rows, bias, c.dtype,
+                               static_cast<char*>(out.y) + row * element, out.stride);
     }
 }
 
@@ -295,8 +325,12 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
         const int64_t enough = c.panels / (4 * pool_threads()); // small products are shared out finely
         if (c.piece_panels > enough) c.piece_panels = enough;
         if (c.piece_panels < 1) c.piece_panels = 1;
+        c.long_panels = DECODE_LONG_PIECE_BYTES / panel_bytes(first);
+        const int64_t rest = c.panels - pool_threads() * c.long_panels;
+        if (c.long_panels > c.piece_panels && rest > 0) c.long_pieces = rest / c.long_panels;
     }
-    const int64_t pieces = (c.panels + c.piece_panels - 1) / c.piece_panels;
+    const int64_t short_panels = c.panels - c.long_pieces * c.long_panels;
+    const int64_t pieces = c.long_pieces + (short_panels + c.piece_panels - 1) / c.piece_panels;
     pool_run({linear_piece, pieces, true}, &c, sizeof c);
     return 0;
 }

@@ -19,7 +19,9 @@ struct Isa {
         0;
 #endif
     static constexpr int DECODE_TOKENS = 4; // tokens whose sums stay in registers
+    static constexpr int DECODE_PANELS = 1;
     static constexpr int GEMM_TOKENS = 4;
+    static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr int PREFETCH_BYTES = 2048;
     static constexpr int FMA_TOKENS = 4;
 

@@ -14,12 +14,15 @@ namespace {
 struct Isa {
     static constexpr int Q8_OFFSET = 128;
     static constexpr int DECODE_TOKENS = 8;
-    static constexpr int GEMM_TOKENS = 12;
-    static constexpr int PREFETCH_BYTES = 4096;
+    static constexpr int DECODE_PANELS = 4;
+    static constexpr int GEMM_TOKENS = 16;
+    static constexpr int GEMM_TOKENS_X16 = 12;
+    static constexpr int PREFETCH_BYTES = 2048;
     static constexpr int FMA_TOKENS = 8;
 
     using Float = __m512;
     using Int = __m512i;
+    typedef int32_t Word __attribute__((may_alias, aligned(1)));
 
     static inline Float zero() { return _mm512_setzero_ps(); }
     static inline Float set1(float x) { return _mm512_set1_ps(x); }
@@ -44,24 +47,61 @@ struct Isa {
     }
     static inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-    static inline Int four_bytes(const int8_t* x) {
+    // Keeps a value in its register: left alone the compiler loads it anew for each use.
+    static inline void once(Int& value) { asm("" : "+v"(value)); }
+
+    // sum += u * the same four bytes in every lane. As text: from intrinsics GCC 12 makes copies and spills of the sums.
+    static inline void add_dot(Int& sum, Int u, const int8_t* x) {
+#if defined(__AVX512VNNI__)
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const Word*>(x)));
+#else
         int32_t word;
         __builtin_memcpy(&word, x, 4);
-        return _mm512_set1_epi32(word);
+        sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(word));
+#endif
+    }
+    static inline void add_dot_words(Int& sum, Int q, Int x) {
+#if defined(__AVX512VNNI__)
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(x));
+#else
+        sum = _mm512_dpwssd_epi32(sum, q, x);
+#endif
     }
 
     template <int T>
     static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        const Int mask = _mm512_set1_epi8(15);
-        for (int64_t k = 0; k < count; k += 8, w += 64) {
-            const Int raw = _mm512_loadu_si512(w);
-            const Int low = _mm512_and_si512(raw, mask), high = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
+        const Int low_mask = _mm512_set1_epi8(15);
+        const Int high_mask = _mm512_set1_epi8(char(0xF0));
+        // One token takes four sums, or one product would wait for the other.
+        constexpr int S = T <= 2 ? 2 : 1;
+        Int low[T][S], high[T][S];
+        for (int t = 0; t < T; t++) {
+            for (int s = 0; s < S; s++) low[t][s] = high[t][s] = int_set1(0);
+            low[t][0] = sums[t];
+        }
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < count; k += 8 * S, w += 64 * S) {
+#pragma GCC unroll 2
+            for (int s = 0; s < S; s++) {
+                Int raw = _mm512_loadu_si512(w + 64 * s);
+                once(raw);
+                const Int lower = _mm512_and_si512(raw, low_mask), upper = _mm512_and_si512(raw, high_mask);
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                const int8_t* xt = x + t * stride + k;
-                sums[t] = _mm512_dpbusd_epi32(sums[t], low, four_bytes(xt));
-                sums[t] = _mm512_dpbusd_epi32(sums[t], high, four_bytes(xt + 4));
+                for (int t = 0; t < T; t++) {
+                    const int8_t* xt = x + t * stride + k + 8 * s;
+                    add_dot(low[t][s], lower, xt);
+                    add_dot(high[t][s], upper, xt + 4);
+                }
             }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            Int lower = low[t][0], upper = high[t][0];
+            if constexpr (S == 2) {
+                lower = _mm512_add_epi32(lower, low[t][1]);
+                upper = _mm512_add_epi32(upper, high[t][1]);
+            }
+            sums[t] = _mm512_add_epi32(lower, _mm512_srai_epi32(upper, 4)); // 16 u, divided once
         }
     }
     template <int T>
@@ -70,7 +110,7 @@ struct Isa {
         for (int64_t k = 0; k < count; k += 4, w += 64) {
             const Int u = _mm512_xor_si512(_mm512_loadu_si512(w), flip);
 #pragma GCC unroll 16
-            for (int t = 0; t < T; t++) sums[t] = _mm512_dpbusd_epi32(sums[t], u, four_bytes(x + t * stride + k));
+            for (int t = 0; t < T; t++) add_dot(sums[t], u, x + t * stride + k);
         }
     }
     // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
@@ -86,8 +126,8 @@ struct Isa {
                 int64_t four;
                 __builtin_memcpy(&four, x + t * stride + k, 8);
                 const Int xt = _mm512_set1_epi64(four);
-                pairs[t][0] = _mm512_dpwssd_epi32(pairs[t][0], a, xt);
-                pairs[t][1] = _mm512_dpwssd_epi32(pairs[t][1], b, xt);
+                add_dot_words(pairs[t][0], a, xt);
+                add_dot_words(pairs[t][1], b, xt);
             }
         }
         const Int even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -110,7 +150,7 @@ struct Isa {
         for (int64_t k = 0; k < count; k += 4, w += 64) {
             const Int u = _mm512_loadu_si512(w);
 #pragma GCC unroll 16
-            for (int t = 0; t < T; t++) sums[t] = _mm512_dpbusd_epi32(sums[t], u, four_bytes(x + t * stride + k));
+            for (int t = 0; t < T; t++) add_dot(sums[t], u, x + t * stride + k);
         }
     }
     static inline Float column_q4(const uint8_t* block, int shift) {

@@ -10,7 +10,9 @@ namespace {
 struct Isa {
     static constexpr int Q8_OFFSET = 0;
     static constexpr int DECODE_TOKENS = 4;
+    static constexpr int DECODE_PANELS = 1;
     static constexpr int GEMM_TOKENS = 4;
+    static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr int PREFETCH_BYTES = 0;
     static constexpr int FMA_TOKENS = 4;
     static constexpr int N = 16;
