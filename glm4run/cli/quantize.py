@@ -51,7 +51,7 @@ def quantize(
     report_windows: Annotated[int, typer.Option(help="Windows of 512 tokens of it")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists")] = False,
 ) -> None:
-    """Pack the weights of SOURCE into int4 or int8; the folder appears when it is complete.
+    """Pack the weights of SOURCE into int4 or int8, tensor by tensor; the folder appears when it is complete.
 
     A run that was interrupted goes on where it was when the same command is given again.
     """
