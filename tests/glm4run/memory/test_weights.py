@@ -130,7 +130,7 @@ SMALL = ModelConfig(
 def test_tensors_of_a_135m_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, bits: int, group: int | None, head_bits: int
 ) -> None:
-    """Really loaded, by every backend of ours, with the cache that a conversation gets: each to the byte. Once all layers."""
+    """Really loaded by every backend of ours, with a conversation's cache: each to the byte. Once all layers."""
     monkeypatch.setattr(synthesize, "POOL_BYTES", 4 << 20)
     config = dataclasses.replace(SMALL, num_hidden_layers=layers)
     recipe, _ = choose_recipe(config, bits, group_size=group, head_bits=head_bits)
