@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from glm4run.layers import QuantizedLinear
 from glm4run.machine import cpu_name, default_threads
 from glm4run.memory import available_ram_bytes
 from glm4run.steps import Context
+from glm4run.user_files import replace_file, user_path
 
 READ_BYTES = 1 << 30  # far beyond any cache
 PREFETCH_DISTANCES = (0, 256, 512, 1024, 2048, 4096)  # bytes ahead
@@ -123,8 +123,7 @@ def measure_read_bandwidth() -> Bandwidth:
 
 def bandwidth_file() -> Path:
     """Where the read bandwidth of this machine is kept once it has been measured (XDG)."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "glm4run" / "bandwidth.json"
+    return user_path("cache", "bandwidth.json")
 
 
 def remember_bandwidth(bandwidth: Bandwidth) -> None:
@@ -132,9 +131,7 @@ def remember_bandwidth(bandwidth: Bandwidth) -> None:
     path = bandwidth_file()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps({cpu_name(): bandwidth.best_gb_per_s}), encoding="utf-8")
-        beside.rename(path)
+        replace_file(path, json.dumps({cpu_name(): bandwidth.best_gb_per_s}).encode())
 
 
 def remembered_bandwidth() -> float | None:

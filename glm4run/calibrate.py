@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from glm4run.cards import demo_folder
@@ -61,7 +62,7 @@ def _run_case(tokens: int, device: str) -> dict[str, Any]:
 def _run_child(words: Sequence[str]) -> dict[str, Any]:
     """The child must plan without an earlier calibration: it measures what that one measured."""
     with tempfile.TemporaryDirectory() as nothing:
-        environment = os.environ | {FILE_VARIABLE: os.path.join(nothing, "none.json")}  # noqa: PTH118
+        environment = os.environ | {FILE_VARIABLE: str(Path(nothing) / "none.json")}
         command = [sys.executable, "-m", "glm4run.calibrate", *words]
         try:
             done = subprocess.run(

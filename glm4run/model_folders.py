@@ -6,7 +6,6 @@ packaged `models/`. Without one, the only or the newest packed model is taken, e
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from glm4run.cards import DEMO_NAME, Card, data_folder, demo_folder, load_cards,
 from glm4run.config import ModelConfig, read_json
 from glm4run.dialects import DIALECTS, Dialect, dialect_from_template, read_template
 from glm4run.errors import CheckpointError, Glm4RunError
+from glm4run.user_files import user_path
 
 MODELS_VARIABLE = "GLM4RUN_MODELS"
 PROVENANCE_NAME = "glm4run.json"  # what `quantize` writes beside the weights
@@ -34,11 +34,7 @@ class FoundModel:
 
 def user_models_folder() -> Path:
     """`$GLM4RUN_MODELS`, else `glm4run/models` in the user's data folder (XDG)."""
-    configured = os.environ.get(MODELS_VARIABLE)
-    if configured:
-        return Path(configured).expanduser()
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "glm4run" / "models"
+    return user_path("data", "models", MODELS_VARIABLE)
 
 
 def models_folders() -> list[Path]:

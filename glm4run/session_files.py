@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 from glm4run.conversation import Conversation, Record
 from glm4run.errors import CheckpointError, UsageError
+from glm4run.user_files import user_path
 
 SESSIONS_VARIABLE = "GLM4RUN_SESSIONS"
 JOURNAL_NAME, KV_NAME = "conversation.jsonl", "kv"
@@ -55,11 +56,7 @@ class Saved:
 
 def sessions_folder() -> Path:
     """`$GLM4RUN_SESSIONS`, else `glm4run/sessions` in the user's data folder (XDG)."""
-    configured = os.environ.get(SESSIONS_VARIABLE)
-    if configured:
-        return Path(configured).expanduser()
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "glm4run" / "sessions"
+    return user_path("data", "sessions", SESSIONS_VARIABLE)
 
 
 def session_path(name: str) -> Path:

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from glm4run.errors import UsageError
 
@@ -57,13 +57,23 @@ def write_json(data: Any) -> None:
 
 
 def write_text(text: str) -> None:
-    """Generated text to stdout, at once. A terminal that cannot show a character gets a replacement, not a crash."""
+    """Generated text to stdout, at once."""
+    _write_at_once(sys.stdout, text)
+
+
+def write_error_text(text: str) -> None:
+    """Generated text to stderr, at once: a thought."""
+    _write_at_once(sys.stderr, text)
+
+
+def _write_at_once(stream: TextIO, text: str) -> None:
+    """A terminal that cannot show a character gets a replacement, not a crash."""
     try:
-        sys.stdout.write(text)
+        stream.write(text)
     except UnicodeEncodeError:
-        encoding = sys.stdout.encoding or "ascii"
-        sys.stdout.write(text.encode(encoding, errors="replace").decode(encoding))
-    sys.stdout.flush()
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, errors="replace").decode(encoding))
+    stream.flush()
 
 
 def read_stdin() -> str:

@@ -57,13 +57,19 @@ def eval(
         raise UsageError("--reference and --reference-logits are two references", hint="give one of them")
     cut = Cut(context, stride, windows, max_tokens)
     content = read_text(text)
-    common = {"device": device, "dtype": dtype, "threads": threads, "rope_theta": rope_theta, "yarn": yarn}
+    common: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "rope_theta": rope_theta,
+        "yarn": yarn,
+    }
     saved = _open_saved(reference_logits)
-    ours = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
-    _, loaded = options.load(model, ctx=ctx, **ours, **common)  # type: ignore[arg-type]
+    ours: dict[str, Any] = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
+    _, loaded = options.load(model, ctx=ctx, **ours, **common)
     against: LoadedModel | SavedReference | None = saved
     if reference is not None:
-        _, against = options.load(reference, backend="auto", activations="auto", ctx=ctx, **common)  # type: ignore[arg-type]
+        _, against = options.load(reference, backend="auto", activations="auto", ctx=ctx, **common)
     from glm4run import evaluation
 
     with token_progress("evaluating", "windows") as progress:

@@ -72,17 +72,8 @@ def generate(
         yarn=yarn,
         needs_chat=chat is True,
     )
-    params = options.sampling_params(
-        loaded,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        penalty=penalty,
-        seed=seed,
-        stop=stop,
-    )
+    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
+    params = dataclasses.replace(loaded.default_params(), **given)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
         params = dataclasses.replace(params, recover=True)
     if input_file is not None and output_file is not None:

@@ -23,7 +23,6 @@ from glm4run.model_folders import (
 if TYPE_CHECKING:
     from glm4run import kernels
     from glm4run.generate import LoadedModel
-    from glm4run.sampling import SamplingParams
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Backend = Annotated[
@@ -147,25 +146,6 @@ def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
     from glm4run.plan_check import check_plan
 
     note(check_plan(loaded.memory_run, loaded.plan, loaded.device, tokens_held).describe())
-
-
-def sampling_params(
-    loaded: LoadedModel,
-    *,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    penalty: float | None,
-    seed: int | None,
-    stop: list[str] | None,
-) -> SamplingParams:
-    """The model's own defaults with what the user set."""
-    from dataclasses import replace
-
-    given = given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
-    return replace(loaded.default_params(), **given)
 
 
 def given_sampling(

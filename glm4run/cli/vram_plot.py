@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from glm4run.cli.vram_text import choice_text, wrap
 from glm4run.errors import Glm4RunError
 from glm4run.memory import GIB, tokens_text
+from glm4run.user_files import replace_file
 from glm4run.vram.answers import Question
 
 CARD_SIZES_GIB = (8, 12, 16, 24, 32, 48, 80)
@@ -96,12 +96,9 @@ def write_image(question: Question, path: Path, kind: str) -> None:
         figure = figure_module.Figure(figsize=(9, 5.4), dpi=130, layout="constrained")
         _draw(question, figure.add_subplot())
         figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(image.getvalue())
-        beside.replace(path)
+        replace_file(path, image.getvalue())
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise Glm4RunError(f"cannot write {path}: {error.strerror or error}", hint="another folder?") from error
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm4run.machine import cpu_name
+from glm4run.user_files import replace_file, user_path
 
 FILE_VARIABLE = "GLM4RUN_CALIBRATION"
 SCHEMA_VERSION = 1
@@ -37,10 +37,7 @@ class Calibration:
 
 def calibration_file() -> Path:
     """`$GLM4RUN_CALIBRATION`, else `glm4run/calibration.json` in the user's cache folder (XDG)."""
-    configured = os.environ.get(FILE_VARIABLE)
-    if configured:
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "glm4run" / "calibration.json"
+    return user_path("cache", "calibration.json", FILE_VARIABLE)
 
 
 def calibrated_cpu() -> str:
@@ -63,16 +60,8 @@ def write_calibration(calibration: Calibration) -> Path:
     path = calibration_file()
     every = _read_all(path) | {calibration.device: calibration}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
     data = {"schema_version": SCHEMA_VERSION, "devices": [dataclasses.asdict(item) for item in every.values()]}
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_file(path, json.dumps(data, indent=2).encode())
     return path
 
 

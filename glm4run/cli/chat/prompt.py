@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from glm4run.cli.console import read_stdin_line, talk
 from glm4run.errors import UsageError
+from glm4run.user_files import user_path
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -205,8 +206,7 @@ def _private_file(path: Path) -> str:
 
 def history_file() -> Path:
     """Where the prompt's history is kept (XDG)."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "glm4run" / "history"
+    return user_path("state", "history")
 
 
 def editor_command() -> list[str] | None:

@@ -15,7 +15,7 @@ from typing import TextIO
 from rich.cells import cell_len
 
 from glm4run.cli.chat.markdown import MarkdownStream, Piece
-from glm4run.cli.console import write_text
+from glm4run.cli.console import write_error_text, write_text
 
 _CODES = {
     "bold": "1",
@@ -169,7 +169,7 @@ class ThoughtView:
         self._is_hidden = is_hidden
         self._is_plain = is_plain(sys.stderr)
         self._has_begun = False
-        self._wrapper = Wrapper(_write_error, lambda: terminal_width(sys.stderr))
+        self._wrapper = Wrapper(write_error_text, lambda: terminal_width(sys.stderr))
 
     def show(self, text: str) -> None:
         """More of the thought."""
@@ -186,20 +186,11 @@ class ThoughtView:
         """The thought is over, or the answer is. May be called again."""
         if self._has_begun:
             self._wrapper.flush()
-            _write_error("\n" if self._wrapper.is_at_line_start or self._is_plain else "\n\n")
+            write_error_text("\n" if self._wrapper.is_at_line_start or self._is_plain else "\n\n")
             self._has_begun = False
 
     def _push(self, text: str) -> None:
         if self._is_plain:
-            _write_error(text)
+            write_error_text(text)
         else:
             self._wrapper.push(Piece(text, "dim"))
-
-
-def _write_error(text: str) -> None:
-    try:
-        sys.stderr.write(text)
-    except UnicodeEncodeError:
-        encoding = sys.stderr.encoding or "ascii"
-        sys.stderr.write(text.encode(encoding, errors="replace").decode(encoding))
-    sys.stderr.flush()

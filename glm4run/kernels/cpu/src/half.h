@@ -1,9 +1,27 @@
-// fp16 to float32 and back by their bits: not every compiler has a type for it (GCC on x86 since 12, on ARM since 13).
+// Floats by their bits. fp16 too: not every compiler has a type for it (GCC on x86 since 12, on ARM since 13).
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
 namespace {
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// Round to nearest even. Source: IEEE 754; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
 
 // Exact. The exponent is moved by a multiplication, which makes subnormal halves normal.
 inline float half_to_float(uint16_t half) {

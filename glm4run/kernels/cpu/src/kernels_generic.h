@@ -22,16 +22,6 @@ constexpr int64_t LANES = 16;
 constexpr float ROUND_MAGIC = 12582912.0f; // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000;
 
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-inline float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // dtypes
@@ -52,13 +42,6 @@ void to_float(const void* in, int32_t dtype, int64_t count, float* out) {
     } else {
         memcpy(out, in, size_t(4 * count));
     }
-}
-
-// Round to nearest even. Source: IEEE 754; NaN stays NaN.
-inline uint16_t to_bf16(float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
 void from_float(const float* in, int32_t dtype, int64_t count, void* out) {

@@ -17,28 +17,10 @@ namespace {
 
 constexpr int64_t MAX_GROUP = 128;
 
-inline float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-inline uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-// To nearest even; x is finite.
-inline uint16_t float_to_bf16(float x) {
-    const uint32_t bits = float_to_bits(x);
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 inline void load_group(const uint8_t* source, int32_t dtype, int64_t group, float* w) {
     if (dtype == G4_BF16) {
         const uint16_t* halves = reinterpret_cast<const uint16_t*>(source);
-        for (int64_t i = 0; i < group; i++) w[i] = bits_to_float(uint32_t(halves[i]) << 16);
+        for (int64_t i = 0; i < group; i++) w[i] = float_of(uint32_t(halves[i]) << 16);
     } else if (dtype == G4_FP16) {
         const uint16_t* halves = reinterpret_cast<const uint16_t*>(source);
         for (int64_t i = 0; i < group; i++) w[i] = half_to_float(halves[i]);
@@ -51,10 +33,10 @@ inline void load_group(const uint8_t* source, int32_t dtype, int64_t group, floa
 inline float store_scale(float scale, int32_t dtype, uint8_t* out) {
     float kept = scale;
     if (dtype == G4_BF16) {
-        uint16_t half = float_to_bf16(fminf(scale, bits_to_float(0x7F7F0000)));
+        uint16_t half = to_bf16(fminf(scale, float_of(0x7F7F0000)));
         if ((half & 0x7FFF) == 0) half = 0x3F80;
         memcpy(out, &half, 2);
-        kept = bits_to_float(uint32_t(half) << 16);
+        kept = float_of(uint32_t(half) << 16);
     } else if (dtype == G4_FP16) {
         uint16_t half = float_to_half(fminf(scale, 65504.0f));
         if ((half & 0x7FFF) == 0) half = 0x3C00;
@@ -88,11 +70,11 @@ G4_API G4_CLONES int32_t g4_round_pack(
         load_group(weight + at * group * element, dtype, group, w);
         uint32_t largest = 0; // magnitudes compare as their bits do
         for (int64_t i = 0; i < group; i++) {
-            const uint32_t size = float_to_bits(w[i]) & 0x7FFFFFFF;
+            const uint32_t size = bits_of(w[i]) & 0x7FFFFFFF;
             largest = size > largest ? size : largest;
         }
         damaged |= largest >= 0x7F800000;
-        const float s = store_scale(bits_to_float(largest) / half_steps, dtype, scale + at * element);
+        const float s = store_scale(float_of(largest) / half_steps, dtype, scale + at * element);
         float square = 0, off = 0;
         float squares[8] = {0}, offs[8] = {0}; // eight sums, so that the loop vectorizes without reordering
         for (int64_t i = 0; i < group; i += 8) {
