@@ -105,6 +105,94 @@ void quantize_group(const float* x, int64_t count, float limit, int32_t factor, 
     *sum = total * factor;
 }
 
+// Rows of a quantized cache. Source: glm4run/kv_rows.py, which gives the same bits: products and sums apart, in its order.
+
+int64_t power_of_two_in(int64_t n) { return n & -n; }
+
+void turn(float* x, int64_t head_dim) {
+    const int64_t size = power_of_two_in(head_dim);
+    for (int64_t step = 1; step < size; step *= 2)
+        for (int64_t first = 0; first < head_dim; first += 2 * step)
+            for (int64_t i = first; i < first + step; i++) {
+                const float a = x[i], b = x[i + step];
+                x[i] = a + b;
+                x[i + step] = a - b;
+            }
+    const float factor = float(1.0 / __builtin_sqrt(double(size)));
+    for (int64_t i = 0; i < head_dim; i++) x[i] *= factor;
+}
+
+// (x - shift) * inverse, rounded to the nearest even and kept within low..high; NaN gives 0. The product is rounded
+// before anything is added to it: no fused instruction fits a rounding to integers.
+inline int32_t step_of(float x, float shift, float inverse, float low, float high) {
+    const float steps = __builtin_rintf((x - shift) * inverse);
+    const float kept = steps < low ? low : steps > high ? high : steps;
+    return kept == kept ? int32_t(kept) : 0;
+}
+
+inline float half_at(const uint8_t* p, int64_t i) {
+    uint16_t half;
+    memcpy(&half, p + 2 * i, 2);
+    return half_to_float(half);
+}
+
+void quantize_row(float* x, const CacheRows& cache, int64_t index) {
+    const int64_t D = cache.head_dim, group = cache.group;
+    uint8_t* data = const_cast<uint8_t*>(cache.data) + index * cache.row_bytes();
+    uint8_t* scales = const_cast<uint8_t*>(cache.scales) + index * cache.scale_bytes();
+    turn(x, D);
+    for (int64_t first = 0, g = 0; first < D; first += group, g++) {
+        float lowest = x[first], highest = x[first], largest = 0.0f;
+        bool ordered = true;
+        for (int64_t i = first; i < first + group; i++) {
+            const float magnitude = float_of(bits_of(x[i]) & 0x7FFFFFFF);
+            ordered = ordered && x[i] == x[i];
+            lowest = x[i] < lowest ? x[i] : lowest;
+            highest = x[i] > highest ? x[i] : highest;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+        const float nan = float_of(0x7FC00000);
+        const bool eight = cache.bits == 8;
+        const float range = !ordered ? nan : eight ? largest * (1.0f / 127.0f) : (highest - lowest) * (1.0f / 15.0f);
+        const uint16_t halves[2] = {float_to_half(range), float_to_half(ordered ? lowest : nan)};
+        memcpy(scales + g * (eight ? 2 : 4), halves, eight ? 2 : 4);
+        const float scale = half_to_float(halves[0]), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+        if (eight) {
+            for (int64_t i = first; i < first + group; i++)
+                data[i] = uint8_t(int8_t(step_of(x[i], 0.0f, inverse, -127.0f, 127.0f)));
+        } else {
+            const float minimum = half_to_float(halves[1]);
+            for (int64_t i = first; i < first + group; i++) {
+                const int32_t u = step_of(x[i], minimum, inverse, 0.0f, 15.0f);
+                data[i / 2] = uint8_t((i & 1) == 0 ? u : data[i / 2] | u << 4);
+            }
+        }
+    }
+}
+
+// Rows first..first + count - 1 as floats [count][D], turned where they are kept so.
+void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out) {
+    const int64_t D = cache.head_dim, group = cache.group;
+    const uint8_t* data = cache.data + first * cache.row_bytes();
+    if (cache.bits == 16) return to_float(data, cache.dtype, count * D, out);
+    const uint8_t* scales = cache.scales + first * cache.scale_bytes();
+    if (cache.bits == 8) {
+        const int8_t* q = reinterpret_cast<const int8_t*>(data);
+        for (int64_t g = 0; g < count * D / group; g++, q += group, out += group) {
+            const float scale = half_at(scales, g);
+            for (int64_t i = 0; i < group; i++) out[i] = float(q[i]) * scale;
+        }
+        return;
+    }
+    for (int64_t g = 0; g < count * D / group; g++, data += group / 2, out += group) {
+        const float scale = half_at(scales, 2 * g), minimum = half_at(scales, 2 * g + 1);
+        for (int64_t i = 0; i < group / 2; i++) {
+            out[2 * i] = float(data[i] & 15) * scale + minimum;
+            out[2 * i + 1] = float(data[i] >> 4) * scale + minimum;
+        }
+    }
+}
+
 void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out) {
     float wide[64];
     for (int64_t m = first; m < last; m++) {
@@ -552,6 +640,7 @@ void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first
         for (int64_t h = 0; h < a.heads; h++) {
             const int64_t at = (token + t) * a.query_token + h * a.query_head;
             to_float(static_cast<const char*>(a.query) + at * element, a.dtype, D, rows);
+            if (a.keys.turned()) turn(rows, D);
             for (int64_t d = 0; d < D; d++) queries[(t * D + d) * LANES + h] = rows[d] * a.scale;
         }
         memset(out + t * each, 0, size_t(each * 4));
@@ -559,7 +648,7 @@ void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first
     }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
         const int64_t count = smaller(ATTENTION_BLOCK, last - s);
-        to_float(static_cast<const char*>(a.key) + s * D * element, a.dtype, count * D, rows);
+        read_rows(a.keys, s, count, rows);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = smaller(count, a.seen + token + t - s);
             if (seen <= 0) continue;
@@ -567,7 +656,7 @@ void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first
             attend_scores(queries + t * D * LANES, rows, D, seen, mine);
             attend_softmax(mine, D, seen, out + t * each, maxima, maxima + LANES);
         }
-        to_float(static_cast<const char*>(a.value) + s * D * element, a.dtype, count * D, rows);
+        read_rows(a.values, s, count, rows);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = smaller(count, a.seen + token + t - s);
             if (seen <= 0) continue;
@@ -600,4 +689,4 @@ uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
 
 #define G4_KERNELS(symbol, name)                                                                                       \
     extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panels, gemm_panel, exact_panel, write_panel, to_float,             \
-                                   from_float, rms_norm, silu_mul,     attend,     attend_scratch, read_all};
+                                   from_float, turn, quantize_row, rms_norm, silu_mul,     attend,     attend_scratch, read_all};
