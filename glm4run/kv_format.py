@@ -51,6 +51,11 @@ def group_of(bits: int, head_dim: int) -> int:
 
 def row_bytes(head_dim: int, bits: int, float_bytes: int) -> int:
     """Memory of one key, or value, of one head, with its scales."""
+    return sum(tensor_widths(head_dim, bits, float_bytes))
+
+
+def tensor_widths(head_dim: int, bits: int, float_bytes: int) -> tuple[int, ...]:
+    """Bytes of a row in each tensor that keeps a part of it: the values; their scales."""
     if bits == 16:
-        return head_dim * float_bytes
-    return -(-head_dim * bits // 8) + 2 * SCALES[bits] * (head_dim // group_of(bits, head_dim))
+        return (head_dim * float_bytes,)
+    return head_dim * bits // 8, 2 * SCALES[bits] * (head_dim // group_of(bits, head_dim))

@@ -49,7 +49,7 @@ struct AttentionRows {
     const void* query; // row of query t, head h: t * query_token + h * query_head elements on
     int64_t query_token, query_head;
     CacheRows keys, values;
-    int64_t heads, head_dim;
+    int64_t heads;
     int64_t seen; // positions that query 0 sees; each next one sees one more
     int32_t dtype; // of query
     float scale;

@@ -121,7 +121,6 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     rows.keys = head_of(c.cache, c.cache.keys, c.head_dim, part.kv_head);
     rows.values = head_of(c.cache, c.cache.values, c.head_dim, part.kv_head);
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
-    rows.head_dim = c.head_dim;
     rows.seen = c.positions - c.tokens + 1;
     rows.dtype = c.dtype;
     rows.scale = c.scale;
