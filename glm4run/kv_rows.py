@@ -8,9 +8,9 @@ by a Hadamard matrix, which spreads the few large channels that biased keys have
 queries are turned too, and the weighted sum of values is turned back. Then each group of values gets its own step:
 
     8 bits  x = scale * q           q in -127 .. 127   scale float16
-    4 bits  x = minimum + scale * u u in 0 .. 15       scale, minimum float16; even dimensions in the low halves of bytes
+    4 bits  x = minimum + scale * u u in 0 .. 15       scale, minimum float16; even dimensions in bytes' low halves
 
-`docs/quality.md` has what was tried. Sources: arXiv 2404.00456 (turning keys and values), 2402.02750 (outliers of keys).
+`docs/quality.md` has what was tried. Sources: arXiv 2404.00456 (turning keys and values), 2402.02750 (keys' outliers).
 """
 
 from __future__ import annotations
@@ -147,12 +147,14 @@ def _inverse(scale: Tensor) -> Tensor:
 def dequantize_rows(data: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Float32 [..., D] of what `quantize_rows` made; still turned."""
     if bits == 8:
-        groups = data.float().unflatten(-1, (scales.shape[-1], -1))
-        return groups.mul_(scales.float()[..., None]).flatten(-2)
+        rows: Tensor = data.float()
+        rows.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.float()[..., None])
+        return rows
     scale, minimum = scales.float().unflatten(-1, (-1, 2)).unbind(-1)
     steps = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
-    groups = steps.float().unflatten(-1, (scale.shape[-1], -1))
-    return groups.mul_(scale[..., None]).add_(minimum[..., None]).flatten(-2)
+    rows = steps.float()
+    rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None]).add_(minimum[..., None])
+    return rows
 
 
 def attend_turned(

@@ -57,6 +57,7 @@ class Attention(nn.Module):
         else:
             kept, end = cache.layers[self.layer], cache.require(x.shape[-2])
             self.ops.append(kept, cache.position, key, value)
+            del key, value  # attention reads the cache
             attended = self.ops.attend(query, kept, end)
         out: Tensor = self.o_proj(attended.to(branch))
         return out

@@ -74,14 +74,14 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     """The plan of sequences of up to `context_len` tokens. No term shrinks as the context, batch or chunk grows."""
     compute, config = run.compute, run.config
     chunk = min(run.chunk, context_len)
-    kept = run.kv_format
+    kv_format = run.kv_format
     key_bytes, value_bytes = (
-        row_bytes(config.head_dim, bits, compute.dtype_bytes) for bits in (kept.key_bits, kept.value_bits)
+        row_bytes(config.head_dim, bits, compute.dtype_bytes) for bits in (kv_format.key_bits, kv_format.value_bits)
     )
     heads = config.num_hidden_layers * config.num_key_value_heads
     kv_cache = heads * (key_bytes + value_bytes) * context_len * compute.batch
     moment = forward_peak(
-        compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits, kv_format=kept
+        compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits, kv_format=kv_format
     )
     attention = sum(moment.tensors.get(name, 0) for name in ATTENTION)
     logits = sum(moment.tensors.get(name, 0) for name in LOGITS)

@@ -238,6 +238,8 @@ def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_for
     ledger.drop("q in float32")
     keys, beside_keys = _widened(compute, context, kv_format.key_bits)
     values, beside_values = _widened(compute, context, kv_format.value_bits)
+    if kv_format.key_bits < 16 or (kv_format.is_quantized and element != 4):
+        ledger.hold("attention", **{"q for quantized keys": query})
     ledger.hold("attention", **{"keys in float32": keys, "steps": beside_keys})
     ledger.hold("attention", **{"values in float32": values, "steps": beside_values})
     ledger.drop("steps")
@@ -262,7 +264,10 @@ def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_for
         ledger.drop("blocks by token")
     else:
         ledger.rename("blocks by token", "attended")
-    ledger.drop("scaled q", "keys in float32", "values in float32", "blocks", "blocks joined")
+    ledger.drop("scaled q", "q for quantized keys", "keys in float32", "values in float32", "blocks", "blocks joined")
+    if kv_format.value_bits < 16:
+        ledger.hold("attention", **{"results turned": 3 * query})
+        ledger.drop("results turned")
 
 
 def _mlp_branch(ledger: _Ledger, compute: Compute, tokens: int) -> None:
