@@ -75,9 +75,7 @@ def collect(
     ids = model.encode_prompt(prompt)
     answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids), constraint=constraint)
     chat = is_conversation(prompt)
-    steps = model.stream(
-        ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint
-    )
+    steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint)
     try:
         for step in steps:
             if step.rollback is not None:

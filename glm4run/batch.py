@@ -75,9 +75,10 @@ def run_batch(
     as_prompt: Callable[[str], Any],
     constraint: Constraint | None = None,
 ) -> Iterator[tuple[int, int, Answer]]:
-    """Answers what `target` does not hold yet, by `constraint` where a request has none of its own; yields (requests done, requests in all, answer) after each.
+    """Answers what `target` does not hold yet; yields (requests done, requests in all, answer) after each.
 
-    A line is written when its answer is complete; an interrupted one is not written, and done again next time.
+    `constraint` is for requests that have none of their own. A line is written when its answer is complete; an
+    interrupted one is not written, and done again next time.
 
     Raises:
         DoesNotFitError: a request leaves no room in the context. Before the first answer.

@@ -1,7 +1,7 @@
 """What an answer must be: JSON that fits a schema, or text that matches a regular expression.
 
-A constraint is checked before any model is asked: what cannot be honoured while decoding is refused by name. The grammar
-engine is llguidance (the extra `structured`), imported when it is needed. Knows no tokens: see `token_rules`.
+A constraint is checked before any model is asked: what cannot be honoured while decoding is refused by name. The
+grammar engine is llguidance (the extra `structured`), imported when it is needed. Knows no tokens: see `token_rules`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from glm4run.schemas import check_schema, problems
 EXTRA = "structured"
 # Between tokens of JSON: one blank, or one line end with an indentation. A weak model would write blanks for ever.
 WHITESPACE = r"[ ]|\n[ \t]{0,40}"
+_STYLE = {"whitespace_pattern": WHITESPACE, "json_allow_general_unicode_escapes": True}
 MOST_SCHEMA_BYTES = 1 << 20
 
-_ANNOTATIONS = frozenset(
-    "$schema $id id $anchor $comment title description default examples deprecated readOnly writeOnly contentEncoding"
-    " contentMediaType discriminator".split()
+_ANNOTATIONS = frozenset(  # which say nothing that an answer could break
+    (
+        *("$schema", "$id", "id", "$anchor", "$comment", "title", "description", "default", "examples", "deprecated"),
+        *("readOnly", "writeOnly", "contentEncoding", "contentMediaType", "discriminator"),
+    )
 )
 _HONOURED = frozenset(
-    "type enum const anyOf allOf oneOf $ref $defs definitions properties required additionalProperties"
-    " patternProperties minProperties maxProperties items prefixItems additionalItems minItems maxItems"
-    " minLength maxLength pattern format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split()
+    (
+        *("type", "enum", "const", "anyOf", "allOf", "oneOf", "$ref", "$defs", "definitions"),
+        *("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
+        *("items", "prefixItems", "additionalItems", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    )
 )
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # objects of schemas
 _IN_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems", "items")
@@ -61,10 +68,10 @@ class Constraint:
                 f"the schema has {what} at {where}, which cannot be honoured while an answer is decoded",
                 hint="take it out, or say it with what can be: " + ", ".join(sorted(_HONOURED - {"definitions"})),
             )
-        source = json.dumps(schema, ensure_ascii=False)
-        grammar = engine.grammar_from_json_schema(source, overrides={"whitespace_pattern": WHITESPACE})
+        plain = ({} if schema else {"enum": []}) if isinstance(schema, bool) else schema  # the engine takes objects
+        grammar = engine.grammar_from_json_schema(json.dumps(plain), overrides=_STYLE)
         _require_valid(engine, grammar, "the schema")
-        return cls("json_schema", source, grammar)
+        return cls("json_schema", json.dumps(schema, ensure_ascii=False), grammar)
 
     @classmethod
     def from_regex(cls, pattern: str) -> Constraint:
@@ -136,7 +143,7 @@ def grammar_for_arguments(schema: Mapping[str, Any]) -> str:
     What it cannot is left to the check of the whole call; a schema that is beyond it asks for any object.
     """
     engine = require_engine()
-    lenient = {"whitespace_pattern": WHITESPACE, "lenient": True, "coerce_one_of": True}
+    lenient = {**_STYLE, "lenient": True, "coerce_one_of": True}
     asked = {**{key: value for key, value in schema.items() if key != "x-guidance"}, "type": "object"}
     for source in (asked, {"type": "object"}):
         try:
@@ -171,8 +178,9 @@ def require_engine() -> Any:
 def _require_valid(engine: Any, grammar: str, name: str) -> None:
     is_error, messages = engine.validate_grammar_with_warnings(grammar)
     if is_error or messages:
-        lines = [line.strip() for line in "\n".join(messages).splitlines() if line.strip().strip("^")]
-        raise UsageError(f"{name} cannot be honoured: {' '.join(lines)[:300]}")
+        lines = "\n".join(messages).splitlines()
+        said = [line for line in lines if line.startswith("error:")] or lines[:1]  # the rest draws where
+        raise UsageError(f"{name} cannot be honoured: {said[0].removeprefix('error:').strip()[:300]}")
 
 
 def _unsupported(schema: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -36,7 +36,6 @@ from glm4run.token_rules import AnswerRule, CallRule, GrammarVocabulary, TokenRu
 from glm4run.tokenizer import Tokenizer, load_tokenizer
 from glm4run.tool_calls import argument_schemas, tool_names
 
-
 SEPARATOR = "<|assistant|>"  # between the calls of one answer
 COMPLETE = "constraint"  # what an answer was stopped by that is whole and to which nothing may be added
 
@@ -161,8 +160,8 @@ class LoadedModel:
         (its first newline, a thought) is taken off; messages always do. `context` keeps the cache between calls: only
         what is new is prefilled. Closing the iterator, or an exception inside it (Ctrl-C), leaves `context` whole.
 
-        `constraint` says what the answer (behind its thought) must be. It is that when the stream ends with `stop` and no
-        stop string; an answer that was cut short may not be: `Constraint.problem` tells. With `tools` and the extra
+        `constraint` says what the answer (behind its thought) must be. It is that when the stream ends with `stop` and
+        no stop string; an answer that was cut short may not be: `Constraint.problem` tells. With `tools` and the extra
         `structured`, the arguments of a call are held to the tool's schema in the same way.
 
         Raises:

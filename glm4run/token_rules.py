@@ -20,6 +20,7 @@ from glm4run.tokenizer import Tokenizer
 from glm4run.tool_calls import NO_ARGUMENTS
 
 NEWLINE = "\n"
+MOST_NEWLINES = 2  # behind a thought
 
 
 class TokenRule(Protocol):
@@ -153,7 +154,7 @@ class AnswerRule:
         self._matcher = vocabulary.matcher(constraint.grammar)
         self._is_framed = not chat or thinking  # else a newline ends the role's line
         self._thought = _Thought() if chat and thinking else None
-        self._may_space = False  # between a thought and the answer
+        self._newlines = 0  # that may still come between a thought and the answer
 
     def allowed(self) -> Tensor | None:
         vocabulary = self._vocabulary
@@ -164,20 +165,20 @@ class AnswerRule:
         mask = self._matcher.allowed()
         if self._matcher.is_accepting:
             mask |= vocabulary.stops
-        if self._may_space:
+        if self._newlines:
             mask[vocabulary.newline] = True
         return mask
 
     def push(self, token: int) -> None:
         if self._thought is not None:
             if self._thought.push(self._vocabulary.bytes[token]):
-                self._thought, self._may_space = None, True
+                self._thought, self._newlines = None, MOST_NEWLINES
         elif not self._is_framed:
             self._is_framed = True
-        elif self._may_space and token == self._vocabulary.newline:
-            self._may_space = False
+        elif self._newlines and token == self._vocabulary.newline:
+            self._newlines -= 1
         else:
-            self._may_space = False
+            self._newlines = 0
             self._matcher.push(token)
 
     @property

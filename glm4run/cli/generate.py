@@ -179,8 +179,11 @@ def _not_valid(answer: Answer) -> Glm4RunError:
 
 
 def _say_how_it_ended(answer: Answer) -> None:
+    from glm4run.generate import COMPLETE
+
     timings = answer.timings.as_json(0.0)
-    stopped = "" if answer.stopped_by is None else f" at {answer.stopped_by!r}"
+    is_whole = answer.constraint is not None and answer.stopped_by == COMPLETE
+    stopped = "" if answer.stopped_by is None else ", as it is whole" if is_whole else f" at {answer.stopped_by!r}"
     note(
         f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s, "
         f"ended by {answer.finish_reason}{stopped}"
