@@ -98,7 +98,7 @@ def resume(chat: Chat, name: str, *, given: dict[str, Any] | None = None, system
         on_notice=warn,
         context=before._context,
         most_context_used=before.most_context_used,
-        prefill_tok_per_s=before.prefill_tok_per_s,
+        speed=before._speed,
     )
     if chat.files is not None:
         chat.files.close()

@@ -106,7 +106,15 @@ def test_a_window_too_narrow_for_columns_gets_a_list() -> None:
     ]
     empty = Screen(width=10)
     empty.show(head, "|-|-|-|-|-|")
-    assert empty.text.split() == "Kommando Was es tut Seit Vorgabe Bereich".split()  # a header alone is shown too
+    assert empty.text.split() == [
+        "Kommando",
+        "Was",
+        "es",
+        "tut",
+        "Seit",
+        "Vorgabe",
+        "Bereich",
+    ]  # a header alone is shown too
 
 
 def test_a_window_that_shrinks_is_asked_again() -> None:
