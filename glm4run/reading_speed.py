@@ -1,7 +1,7 @@
 """How long reading a prompt takes: the work of its tokens, and the speeds that were measured before.
 
-The linears cost every token the same; attention costs a token the more, the more tokens stand before it. Each has a speed
-of its own, and both are fitted to what this session has measured.
+The linears cost every token the same; attention costs a token the more, the more tokens stand before it. Each has a
+speed of its own, and both are fitted to what this session has measured.
 """
 
 from __future__ import annotations
