@@ -193,7 +193,8 @@ def test_a_row_reads_back_within_half_a_step(bits: int, head_dim: int) -> None:
     per_group = scales.float().unflatten(-1, (-1, 1 if bits == 8 else 2))
     step = per_group[..., 0].repeat_interleave(group_of(bits, head_dim), dim=-1)
     assert bool(((back - turned).abs() <= step * 0.51 + turned.abs().amax() * 2e-3).all())
-    assert bool((back - turned).abs().mean() > step.mean() / 20)
+    if head_dim > 2:  # two values are their minimum and their maximum
+        assert bool((back - turned).abs().mean() > step.mean() / 20)
 
 
 def test_one_large_channel_costs_the_others_little() -> None:
