@@ -115,7 +115,9 @@ def test_more_sequences_and_more_bits_never_need_less(
 
     assert peak(with_batch(four, few), context) <= peak(with_batch(four, many), context)
     assert peak(four, context) < peak(eight, context) < peak(sixteen, context)
-    assert peak(four, context, kv_bits=4) <= peak(four, context, kv_bits=8) <= peak(four, context, kv_bits=16)
+    # The cache alone: in a short context what reading a quantized one in torch takes is more than it saves.
+    caches = [plan_run(dataclasses.replace(four, kv_bits=kept), context).bytes_of("kv_cache") for kept in (4, 8, 16)]
+    assert caches == sorted(caches)
 
 
 @given(MEMBERS, BITS, DEVICES, CONTEXTS, st.integers(1, 4096), st.integers(1, 4096))
