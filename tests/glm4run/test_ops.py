@@ -342,9 +342,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def new_cache(model: Glm4Model, capacity: int, kept: str = "16") -> KVCache:
-    return KVCache(
-        model.config, capacity, dtype=model.dtype, device=torch.device("cpu"), kv_format=parse_kv_bits(kept)
-    )
+    return KVCache(model.config, capacity, dtype=model.dtype, device=torch.device("cpu"), kv_format=parse_kv_bits(kept))
 
 
 def stepped(model: Glm4Model, sizes: tuple[int, ...], kept: str = "16") -> Tensor:
