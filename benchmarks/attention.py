@@ -91,7 +91,8 @@ def main() -> None:
                 caches[kind] = [first, *(filled(kind, depth) for _ in range(SPREAD_BYTES // layer_bytes(first)))]
             for tokens in (1, args.chunk) if args.chunk else (1,):
                 query = torch.randn(HEADS, tokens, HEAD_DIM).bfloat16()
-                reading, times = [], {kind: [] for kind in kinds}
+                reading: list[float] = []
+                times: dict[str, list[float]] = {kind: [] for kind in kinds}
                 for _ in range(args.rounds):
                     best = probe.best()
                     reading.append(best.best_gb_per_s)

@@ -35,7 +35,8 @@ def symmetric(bits: int, group: int) -> Rounding:
     def rounded(x: Tensor) -> Tensor:
         groups, top = x.unflatten(-1, (-1, min(group, x.shape[-1]))), (1 << (bits - 1)) - 1
         scale = (groups.abs().amax(-1, keepdim=True) / top).half().float().clamp_min(1e-8)
-        return ((groups / scale).round().clamp(-top, top) * scale).flatten(-2)
+        out: Tensor = ((groups / scale).round().clamp(-top, top) * scale).flatten(-2)
+        return out
 
     return rounded
 
@@ -45,7 +46,8 @@ def asymmetric(bits: int, group: int) -> Rounding:
         groups, top = x.unflatten(-1, (-1, min(group, x.shape[-1]))), (1 << bits) - 1
         lowest = groups.amin(-1, keepdim=True)
         scale, minimum = ((groups.amax(-1, keepdim=True) - lowest) / top).half().float().clamp_min(1e-8), lowest.half()
-        return (((groups - minimum) / scale).round().clamp(0, top) * scale + minimum).flatten(-2)
+        out: Tensor = (((groups - minimum) / scale).round().clamp(0, top) * scale + minimum).flatten(-2)
+        return out
 
     return rounded
 
