@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
+from glm4run.layers import QuantizedLinear
 from glm4run.sampling import Sampler, SamplingParams
+from glm4run.speculative import MOST_DRAFTED, Speculation, StepCosts
 from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
 from glm4run.stopping import find_loop
 from glm4run.tensor_loading import Progress
@@ -71,6 +74,25 @@ class LoadedModel:
         dead = torch.ones(self.config.vocab_size, dtype=torch.bool)
         dead[[i for i in self.tokenizer.usable_ids() if i < self.config.vocab_size]] = False
         return dead
+
+    @cached_property
+    def why_no_speculation(self) -> str | None:
+        """None where drafts can be verified, else the reason in one clause.
+
+        The logits of a position must be the same bits however many tokens are fed at once, or a draft would change the
+        text. The native kernels promise that; torch's products and attention round differently for other shapes.
+        """
+        if self.model.stack is None:
+            return "its layers do not run in the native library, and other kernels round differently for several tokens"
+        head = self.model.lm_head
+        if not (isinstance(head, QuantizedLinear) and head.backend.name == "native"):
+            return "its head is not packed for the native library"
+        return None
+
+    @cached_property
+    def step_costs(self) -> StepCosts:
+        """What forwards of a few tokens take on this machine, learned as they run."""
+        return StepCosts()
 
     def new_context(self) -> Context:
         """An empty conversation of the planned length."""
@@ -205,6 +227,11 @@ class _Generation:
     def __init__(self, owner: LoadedModel, params: SamplingParams, context: Context, timings: Timings) -> None:
         self.owner, self.params, self.context, self.timings = owner, params, context, timings
         self.has_recovered = False
+        self.speculation: Speculation | None = None
+        if params.speculate != "off" and owner.why_no_speculation is None:
+            self.speculation = Speculation(params.speculate, owner.step_costs)
+        # Drafted tokens whose keys and values stand in the cache behind its position, each with the logits after it.
+        self.ahead: deque[tuple[int, Tensor]] = deque()
 
     def steps(
         self,
@@ -248,7 +275,7 @@ class _Generation:
             if reason is not None:
                 yield text.finish(reason, declared)
                 return
-            logits = self._decode(token)
+            logits = self._decode(token, len(generated))
 
     def _new_text(self, *, chat: bool) -> TextStream:
         owner = self.owner
@@ -268,7 +295,7 @@ class _Generation:
         for token in generated:
             text.push(token)
         self._forget_from(start + kept - 1)
-        logits = self._decode(generated[-1]).clone()
+        logits = self._decode(generated[-1], kept).clone()
         logits[again] = float("-inf")
         self.has_recovered = True
         why = f"it went round in a loop of {loop.period} token{'s' if loop.period > 1 else ''}"
@@ -297,6 +324,9 @@ class _Generation:
     def _forget_from(self, position: int) -> None:
         self.context.cache.truncate(position)
         del self.context.ids[position:]
+        self.ahead.clear()
+        if self.speculation is not None:
+            self.speculation.truncate(position)
 
     def _allowed(self, *, calls: bool) -> Tensor:
         """The ids that may come: every real token; of the control tokens only the stops, and between calls the role."""
@@ -341,14 +371,52 @@ class _Generation:
         assert logits is not None  # a prompt is never empty
         return logits
 
-    @torch.inference_mode()
-    def _decode(self, token: int) -> Tensor:
-        started = time.perf_counter()
-        logits: Tensor = self.owner.model(self.owner._tensor([token]), self.context.cache)[-1]
+    def _decode(self, token: int, generated: int) -> Tensor:
+        """Logits [V] behind `token`, the last of `generated`: verified ahead where it was drafted, else of a forward."""
+        if self.speculation is not None:
+            self.speculation.chosen(token)
+        if self.ahead and self.ahead[0][0] == token:
+            return self._take_drafted()
+        return self._feed(token, generated)
+
+    def _take_drafted(self) -> Tensor:
+        """The drafted token that came becomes part of the context."""
+        token, logits = self.ahead.popleft()
+        self.context.cache.advance(1)
         self.context.ids.append(token)
-        self.timings.decode_s += time.perf_counter() - started
         self.timings.decode_tokens += 1
+        self.timings.accepted_tokens += 1
+        if self.speculation is not None:
+            self.speculation.accepted()
         return logits
+
+    @torch.inference_mode()
+    def _feed(self, token: int, generated: int) -> Tensor:
+        """A forward of `token` and of a draft, which stays behind the cache's position until its tokens come."""
+        self.ahead.clear()
+        draft = self._draft(token, generated)
+        cache = self.context.cache
+        started, position = time.perf_counter(), cache.position
+        fed = self.owner._tensor([token, *draft])
+        logits: Tensor = self.owner.model(fed, cache, logits="all" if draft else "last")
+        cache.truncate(position + 1)
+        self.context.ids.append(token)
+        elapsed = time.perf_counter() - started
+        self.timings.decode_s += elapsed
+        self.timings.decode_tokens += 1
+        self.timings.drafted_tokens += len(draft)
+        if self.speculation is not None:
+            self.speculation.fed(len(fed), elapsed)
+        self.ahead.extend(zip(draft, logits[1:], strict=True))
+        return logits[0]
+
+    def _draft(self, token: int, generated: int) -> tuple[int, ...]:
+        if self.speculation is None:
+            return ()
+        room = self.context.cache.capacity - self.context.cache.position - 1
+        if self.params.max_new_tokens is not None:
+            room = min(room, self.params.max_new_tokens - generated - 1)
+        return self.speculation.draft(self.context.ids, token, min(room, MOST_DRAFTED))
 
 
 def load_model(
