@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glm4run.config import ModelConfig
 from glm4run.kv_cache import KVCache
+from glm4run.kv_rows import KVLayer
 from glm4run.layers import Embedding, Linear, RMSNorm, linear_together
 from glm4run.memory import logits_block_rows
 from glm4run.ops import Ops, split_heads
@@ -24,9 +25,7 @@ class LayerStack(Protocol):
 
     max_tokens: int
 
-    def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor], position: int
-    ) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, caches: list[KVLayer], position: int) -> Tensor:
         """The residual x [T, hidden] to the next one; the new keys and values go into the cache at `position`."""
         ...
 
@@ -138,7 +137,7 @@ class Glm4Model(nn.Module):
         x = self.model.embed_tokens(ids).to(self.residual_dtype)
         if self.stack is not None and cache is not None and ids.ndim == 1 and count <= self.stack.max_tokens:
             cache.require(count)
-            x = self.stack.run(x, *rope, cache.keys, cache.values, start)
+            x = self.stack.run(x, *rope, cache.layers, start)
         else:
             for layer in self.model.layers:
                 x = layer(x, rope, cache, self.dtype)

@@ -92,12 +92,13 @@ struct Cut {
 
 struct AttentionContext {
     const Kernels* kernels;
-    const char *query, *key, *value;
+    const char* query;
+    G4Cache cache;
     char* out;
     float* partial; // per token, KV head, group of lanes and stretch: out [D][16], maxima [16], sums [16]
     int64_t tokens, heads, kv_heads, head_dim, positions;
-    int64_t query_token, query_head, kv_head; // strides in elements
-    int64_t lane_groups, stretches; // the most that a token has
+    int64_t query_token, query_head; // strides in elements
+    int64_t lane_groups, stretches;  // the most that a token has
     int32_t dtype;
     float scale;
 
@@ -121,8 +122,8 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     rows.query = c.query + (part.kv_head * c.repeat() + first_head) * c.query_head * element;
     rows.query_token = c.query_token;
     rows.query_head = c.query_head;
-    rows.key = c.key + part.kv_head * c.kv_head * element;
-    rows.value = c.value + part.kv_head * c.kv_head * element;
+    rows.key = c.cache.keys.data + part.kv_head * c.cache.capacity * c.head_dim * element;
+    rows.value = c.cache.values.data + part.kv_head * c.cache.capacity * c.head_dim * element;
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
     rows.head_dim = c.head_dim;
     rows.seen = c.seen(0);
@@ -245,20 +246,18 @@ G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_hea
     return tokens * kv_heads * c.lane_groups * c.stretches * c.partial_floats();
 }
 
-// Causal attention of the last `tokens` of `positions`. query: strides given; key, value: rows contiguous, KV heads
-// `kv_head` elements apart; out [tokens, heads * head_dim].
-G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, const void* key, const void* value,
-                         int64_t kv_head, int32_t dtype, int64_t tokens, int64_t heads, int64_t kv_heads,
-                         int64_t head_dim, int64_t positions, float* work, void* out) {
+// Causal attention of the last `tokens` of `positions` that the cache holds. query: in `dtype`, strides given in
+// elements; out [tokens, heads * head_dim] in `dtype`.
+G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,
+                         const G4Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                         int64_t positions, float* work, void* out) {
     AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
     c.query = static_cast<const char*>(query);
-    c.key = static_cast<const char*>(key);
-    c.value = static_cast<const char*>(value);
+    c.cache = *cache;
     c.out = static_cast<char*>(out);
     c.partial = work;
     c.query_token = query_token;
     c.query_head = query_head;
-    c.kv_head = kv_head;
     c.dtype = dtype;
     c.scale = 1.0f / sqrtf(float(head_dim));
     if (tokens > FEW_TOKENS) {

@@ -67,12 +67,13 @@ void add(const Kernels& kernels, const G4Stack& s, int64_t tokens, char* x, cons
     }
 }
 
-// New rows [tokens, KVH, D] behind `position` in a layer's cache [KVH, capacity, D].
-void append(const G4Stack& s, int64_t tokens, int64_t position, const char* rows, char* cache) {
+// New rows [tokens, KVH, D] behind `position` in a layer's cache.
+void append(const G4Stack& s, int64_t tokens, int64_t position, const char* rows, const G4CacheRows& cache,
+            int64_t capacity) {
     const size_t row = size_t(s.head_dim * dtype_bytes(s.dtype));
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < s.kv_heads; h++)
-            memcpy(cache + size_t(h * s.capacity + position + t) * row, rows + size_t(t * s.kv_heads + h) * row, row);
+            memcpy(cache.data + size_t(h * capacity + position + t) * row, rows + size_t(t * s.kv_heads + h) * row, row);
 }
 
 G4Output into(const G4Output& linear, void* y, int64_t width) { return {linear.weight, linear.bias, y, width}; }
@@ -85,7 +86,7 @@ struct Call {
     char* x;
 };
 
-bool attention_branch(const Call& c, const G4Layer& layer, char* keys, char* values) {
+bool attention_branch(const Call& c, const G4Layer& layer, const G4Cache& cache) {
     const G4Stack& s = c.s;
     const int64_t query_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
     g4_rms_norm(c.x, s.dtype, c.tokens, s.hidden, layer.input_norm, s.eps, c.b.normed);
@@ -97,10 +98,10 @@ bool attention_branch(const Call& c, const G4Layer& layer, char* keys, char* val
     }
     g4_rope(c.b.query, s.dtype, c.tokens, s.heads, s.head_dim, c.cosine, c.sine, s.rotary_half);
     g4_rope(c.b.key, s.dtype, c.tokens, s.kv_heads, s.head_dim, c.cosine, c.sine, s.rotary_half);
-    append(s, c.tokens, c.position, c.b.key, keys);
-    append(s, c.tokens, c.position, c.b.value, values);
-    g4_attention(c.b.query, query_width, s.head_dim, keys, values, s.capacity * s.head_dim, s.dtype, c.tokens, s.heads,
-                 s.kv_heads, s.head_dim, c.position + c.tokens, c.b.work, c.b.attention);
+    append(s, c.tokens, c.position, c.b.key, cache.keys, cache.capacity);
+    append(s, c.tokens, c.position, c.b.value, cache.values, cache.capacity);
+    g4_attention(c.b.query, query_width, s.head_dim, s.dtype, &cache, c.tokens, s.heads, s.kv_heads, s.head_dim,
+                 c.position + c.tokens, c.b.work, c.b.attention);
     const G4Output out = into(layer.output, c.b.branch, s.hidden);
     if (g4_linear(c.b.attention, query_width, s.dtype, c.tokens, &out, 1) != 0) return false;
     if (layer.branch_attention_norm != nullptr)
@@ -126,10 +127,10 @@ bool mlp_branch(const Call& c, const G4Layer& layer) {
 } // namespace
 
 // Runs x [tokens, hidden] through all layers in place and appends to the caches. cosine, sine [tokens, rotary_half];
-// keys, values: one pointer a layer. Returns 0, or 1 where memory is short: x is then of no use, the cache's position
+// caches: one a layer. Returns 0, or 1 where memory is short: x is then of no use, the cache's position
 // has not moved.
 G4_API int32_t g4_stack(const G4Stack* stack, void* x, int64_t tokens, int64_t position, const float* cosine,
-                        const float* sine, void* const* keys, void* const* values) {
+                        const float* sine, const G4Cache* caches) {
     StackMemory& memory = stack_memory();
     std::lock_guard<std::mutex> lock(memory.mutex);
     Buffers b{};
@@ -147,7 +148,7 @@ G4_API int32_t g4_stack(const G4Stack* stack, void* x, int64_t tokens, int64_t p
     const Call call{*stack, b, tokens, position, cosine, sine, static_cast<char*>(x)};
     for (int64_t i = 0; i < stack->count; i++) {
         const G4Layer& layer = stack->layers[i];
-        if (!attention_branch(call, layer, static_cast<char*>(keys[i]), static_cast<char*>(values[i]))) return 1;
+        if (!attention_branch(call, layer, caches[i])) return 1;
         if (!mlp_branch(call, layer)) return 1;
     }
     return 0;
