@@ -46,6 +46,7 @@ class Answer:
             "stopped_by": self.stopped_by,
             "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls],
             "timings": self.timings.as_json(self.load_s),
+            "speculation": {"drafted": self.timings.drafted_tokens, "accepted": self.timings.accepted_tokens},
             "model": self.model,
             "backend": self.backend,
             **({"thought": self.thought} if self.thought else {}),

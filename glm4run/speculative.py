@@ -34,10 +34,11 @@ _PRIOR_WEIGHT, _MEMORY = 3.0, 48.0
 # What a forward of m tokens takes beside one of a single token, before this machine has shown it. Source:
 # benchmarks/speculation.py on the int4 9B shapes.
 _FIRST_COSTS = (1.0, 1.05, 1.25, 1.3, 1.7, 1.8, 1.95, 2.0)
-_COST_RATE, _UNIT_RATE, _MOST_ERROR = 0.15, 0.3, 0.5
+_COST_RATE, _UNIT_RATE, _INFERRED_RATE, _MOST_ERROR = 0.3, 0.3, 0.05, 0.5
+_FORGETTING = 0.005
 LEAST_GAIN = 1.02  # a draft that promises less is not worth the risk
 # What drafts may have lost so far, in forwards of a single token: so many, and a share of the tokens generated.
-_ALLOWANCE, _ALLOWED_SHARE = 1.0, 0.015
+_ALLOWANCE, _ALLOWED_SHARE = 0.6, 0.015
 
 
 def parse_speculate(text: str) -> Speculate:
@@ -137,18 +138,23 @@ class StepCosts:
         """The cost of a forward of `tokens`, in forwards of one."""
         return self.ratios[tokens - 1]
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A forward of `tokens` took so long."""
+    def observe(self, tokens: int, seconds: float) -> float:
+        """A forward of `tokens` took so long. Returns that in forwards of one token."""
         if self.unit_s == 0.0:
             self.unit_s = seconds / self.ratios[tokens - 1]
-            return
+            return self.ratios[tokens - 1]
+        cost = min(seconds / self.unit_s, float(tokens))
         expected = self.ratios[tokens - 1]
         # How far off the expectation was; a process that was stopped for a while says nothing about forwards.
         error = max(-_MOST_ERROR, min(_MOST_ERROR, seconds / (self.unit_s * expected) - 1.0))
-        if tokens > 1:
+        if tokens == 1:  # what is not tried is forgotten, or one bad moment would end drafts for good
+            for place, first in enumerate(_FIRST_COSTS):
+                self.ratios[place] += _FORGETTING * (first - self.ratios[place])
+        else:
             first = _FIRST_COSTS[tokens - 1]
             self.ratios[tokens - 1] = max(1.0, min(expected * (1.0 + _COST_RATE * error), tokens, 2.0 * first))
-        self.unit_s *= 1.0 + _UNIT_RATE * error
+        self.unit_s *= 1.0 + (_UNIT_RATE if tokens == 1 else _INFERRED_RATE) * error
+        return cost
 
 
 class Acceptance:
@@ -217,9 +223,9 @@ class Speculation:
 
     def fed(self, tokens: int, seconds: float) -> None:
         """A forward of one token and its draft, `tokens` together, took so long."""
-        self.costs.observe(tokens, seconds)
+        cost = self.costs.observe(tokens, seconds)
         if tokens > 1:
-            self.lost += self.costs.of(tokens) - 1.0
+            self.lost += cost - 1.0
 
     def accepted(self) -> None:
         """A drafted token came."""
@@ -228,14 +234,13 @@ class Speculation:
     def _length(self, draft: Draft, most: int) -> int:
         if isinstance(self.mode, int):
             return min(self.mode, most)
-        if self.lost > _ALLOWANCE + _ALLOWED_SHARE * self.tokens:
-            return 0
+        risk = _ALLOWANCE + _ALLOWED_SHARE * self.tokens - self.lost  # what may be lost if all of it is wrong
         best, best_gain = 0, LEAST_GAIN
         expected = likely = 1.0
         for count in range(1, most + 1):
             likely *= self.acceptance.likelihood(draft.match + count - 1)
             expected += likely
-            gain = expected / self.costs.of(count + 1)
-            if gain > best_gain:
-                best, best_gain = count, gain
+            cost = self.costs.of(count + 1)
+            if cost - 1.0 <= risk and expected / cost > best_gain:
+                best, best_gain = count, expected / cost
         return best

@@ -35,6 +35,7 @@ def generate(
     penalty: options.Penalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    speculate: options.Speculate = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help="JSON lines with `prompt` or `messages`, one request a line")
     ] = None,
@@ -72,7 +73,8 @@ def generate(
         yarn=yarn,
         needs_chat=chat is True,
     )
-    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
+    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
+    options.require_speculation(loaded, speculate)
     params = dataclasses.replace(loaded.default_params(), **given)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
         params = dataclasses.replace(params, recover=True)
@@ -144,8 +146,8 @@ def _say_how_it_ended(answer: Answer) -> None:
     timings = answer.timings.as_json(0.0)
     stopped = "" if answer.stopped_by is None else f" at {answer.stopped_by!r}"
     note(
-        f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s, "
-        f"ended by {answer.finish_reason}{stopped}"
+        f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s"
+        f"{options.describe_drafts(answer.timings)}, ended by {answer.finish_reason}{stopped}"
     )
 
 
