@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from glm4run.chat_format import Message, ToolCall, encode_chat
+from glm4run.constraints import Constraint
 from glm4run.conversation import Attachment, Conversation, Turn
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
@@ -57,6 +58,7 @@ class Session:
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     overflow: Overflow = "error"
+    constraint: Constraint | None = None  # what every answer must be, while there are no tools
     conversation: Conversation = field(default_factory=Conversation)
     cache_files: CacheFiles | None = None
     on_notice: Callable[[str], None] = lambda _: None
@@ -352,6 +354,7 @@ class Session:
             context=self._context,
             timings=timings,
             on_prefill=on_prefill,
+            constraint=None if self.tools else self.constraint,
         )
         return self._record(steps, timings)
 
