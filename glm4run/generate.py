@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,12 +24,12 @@ from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.guard import DeadTokens, after_a_loop, diagnose, first_nonfinite
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
+from glm4run.layers import QuantizedLinear
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
 from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
-from glm4run.layers import QuantizedLinear
 from glm4run.sampling import Sampler, SamplingParams
 from glm4run.speculative import MOST_DRAFTED, Speculation, StepCosts
 from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
@@ -104,10 +104,10 @@ class LoadedModel:
         """The tokens as the grammar engine takes them. Raises Glm4RunError without the extra `structured`."""
         return GrammarVocabulary(self.tokenizer, self.ordinary_tokens, self.stop_ids)
 
-    def new_context(self) -> Context:
-        """An empty conversation of the planned length."""
+    def new_context(self, capacity: int | None = None) -> Context:
+        """An empty conversation of the planned length, or of `capacity` tokens."""
         dtype = self.model.dtype
-        return Context(KVCache(self.config, self.plan.context_len, dtype=dtype, device=self.device))
+        return Context(KVCache(self.config, capacity or self.plan.context_len, dtype=dtype, device=self.device))
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -200,6 +200,37 @@ class LoadedModel:
         rule = run.rule_for(constraint, tools or (), chat=chat)
         return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill, new_rule=rule)
 
+    def open_answer(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        chat: bool,
+        context: Context,
+        timings: Timings,
+        constraint: Constraint | None = None,
+    ) -> OpenAnswer:
+        """The answer that `stream` would give, decoded by whoever decodes several together. Nothing is drafted."""
+        self.check_prompt(ids)
+        run = _Generation(self, dataclasses.replace(params, speculate="off"), context, timings)
+        rule = run.rule_for(constraint, (), chat=chat)
+        return OpenAnswer(run, run.answer(list(ids), chat=chat, declared=frozenset(), on_prefill=None, new_rule=rule))
+
+    @torch.inference_mode()
+    def decode_together(self, answers: Sequence[OpenAnswer]) -> list[Tensor]:
+        """Feeds the token that each of the answers waits for, in one forward; logits [V] for each."""
+        started = time.perf_counter()
+        tokens = [answer.token for answer in answers]
+        caches = [answer.context.cache for answer in answers]
+        logits = self.model.decode_together(self._tensor(tokens), caches)
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.context.ids.append(token)
+        elapsed = time.perf_counter() - started
+        for answer in answers:  # each has waited for all of it
+            answer.timings.decode_s += elapsed
+            answer.timings.decode_tokens += 1
+        return list(logits)
+
     def prefill(
         self,
         ids: Sequence[int],
@@ -240,6 +271,43 @@ def is_conversation(prompt: str | Sequence[Message] | Sequence[int]) -> bool:
     return not isinstance(prompt, str) and any(isinstance(item, Message) for item in prompt)
 
 
+@dataclass(frozen=True)
+class _Feed:
+    """What an answer asks for: the logits behind `token`, the last of so many that were generated."""
+
+    token: int
+    generated: int
+
+
+_Answering = Generator[GenerationStep | _Feed, Tensor | None, None]
+
+
+class OpenAnswer:
+    """An answer that waits for logits. `proceed` goes on until it needs the next, and says what came."""
+
+    def __init__(self, run: _Generation, answering: _Answering) -> None:
+        self.context, self.timings = run.context, run.timings
+        self.token = -1  # what it waits for the logits of
+        self._answering = answering
+
+    def proceed(self, logits: Tensor | None) -> tuple[list[GenerationStep], bool]:
+        """The steps that logits [V] of `token` (None to begin: the prompt is read) add, and whether it goes on.
+
+        Raises:
+            GenerationError: as `LoadedModel.stream` does; the answer is over then.
+        """
+        steps: list[GenerationStep] = []
+        try:
+            item = self._answering.send(logits)
+            while not isinstance(item, _Feed):
+                steps.append(item)
+                item = next(self._answering)
+        except StopIteration:
+            return steps, False
+        self.token = item.token
+        return steps, True
+
+
 class _Generation:
     """One answer being generated."""
 
@@ -261,6 +329,30 @@ class _Generation:
         on_prefill: Callable[[int, int], None] | None,
         new_rule: Callable[[], TokenRule | None],
     ) -> Iterator[GenerationStep]:
+        """The answer, every forward of which is run here."""
+        answering = self.answer(prompt, chat=chat, declared=declared, on_prefill=on_prefill, new_rule=new_rule)
+        item = next(answering, None)
+        while item is not None:
+            if isinstance(item, _Feed):
+                logits = self._decode(item.token, item.generated)
+                try:
+                    item = answering.send(logits)
+                except StopIteration:
+                    return
+            else:
+                yield item
+                item = next(answering, None)
+
+    def answer(
+        self,
+        prompt: list[int],
+        *,
+        chat: bool,
+        declared: frozenset[str],
+        on_prefill: Callable[[int, int], None] | None,
+        new_rule: Callable[[], TokenRule | None],
+    ) -> _Answering:
+        """Steps, and requests for the logits behind a token, which are sent in return."""
         owner = self.owner
         text = self._new_text(chat=chat)
         rule = new_rule()
@@ -302,7 +394,9 @@ class _Generation:
             if reason is not None:
                 yield text.finish(reason, declared)
                 return
-            logits = self._decode(token, len(generated))
+            decoded = yield _Feed(token, len(generated))
+            assert decoded is not None
+            logits = decoded
 
     def rule_for(
         self, constraint: Constraint | None, tools: Sequence[Mapping[str, Any]], *, chat: bool

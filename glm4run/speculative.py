@@ -47,7 +47,9 @@ def parse_speculate(text: str) -> Speculate:
         return text
     if text.isdecimal() and 1 <= int(text) <= MOST_DRAFTED:
         return int(text)
-    raise UsageError(f"speculate is {text!r}", hint=f"auto, off, or a number of drafted tokens from 1 to {MOST_DRAFTED}")
+    raise UsageError(
+        f"speculate is {text!r}", hint=f"auto, off, or a number of drafted tokens from 1 to {MOST_DRAFTED}"
+    )
 
 
 @dataclass(frozen=True)
