@@ -10,7 +10,7 @@ from glm4run.chat_format import Message, ToolCall
 from glm4run.constraints import Constraint
 from glm4run.errors import GenerationError, Glm4RunError
 from glm4run.generate import LoadedModel, is_conversation
-from glm4run.sampling import SamplingParams
+from glm4run.sampling import SamplingParams, TokenLogprobs
 from glm4run.steps import GenerationStep, Timings
 
 
@@ -25,6 +25,7 @@ class Answer:
     text: str = ""
     thought: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, where they were asked for
     finish_reason: str = "interrupted"
     stopped_by: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
@@ -37,13 +38,16 @@ class Answer:
     def add(self, step: GenerationStep) -> None:
         """One more step of its stream."""
         if step.rollback is not None:
-            del self.token_ids[len(self.token_ids) - step.rollback.tokens :]
+            kept = len(self.token_ids) - step.rollback.tokens
+            del self.token_ids[kept:], self.logprobs[kept:]
             self.text, self.thought = step.rollback.text, step.rollback.thought
             self.recovered = step.rollback.why
         self.text += step.text
         self.thought += step.thought
         if step.token_id is not None:
             self.token_ids.append(step.token_id)
+        if step.logprobs is not None:
+            self.logprobs.append(step.logprobs)
         if step.finish_reason is not None:
             self.finish_reason, self.stopped_by = step.finish_reason, step.stopped_by
             self.tool_calls = step.tool_calls
@@ -72,10 +76,16 @@ class Answer:
             "backend": self.backend,
             **({} if self.constraint is None else {"valid": self.problem is None}),
             **({} if self.problem is None else {"problem": self.problem}),
+            **({"logprobs": [_as_json(token) for token in self.logprobs]} if self.logprobs else {}),
             **({"thought": self.thought} if self.thought else {}),
             **({"recovered": self.recovered} if self.recovered else {}),
             **({"error": self.error.message} if self.error is not None else {}),
         }
+
+
+def _as_json(token: TokenLogprobs) -> dict[str, Any]:
+    top = [{"token_id": i, "logprob": round(value, 6)} for i, value in token.likeliest]
+    return {"token_id": token.token_id, "logprob": round(token.logprob, 6), "top": top}
 
 
 def collect(
