@@ -1,4 +1,4 @@
-"""Several sequences decoded together: each weight is read once for all of them, and whoever ends makes room for the next.
+"""Several sequences decoded together: each weight is read once for all, and whoever ends makes room for the next.
 
 Every sequence has its own cache, sampler and end. What it becomes does not depend on the others: the native library
 gives a row the same bits whatever else is in the product. Prompts are read one at a time, chunk by chunk, between two
@@ -24,7 +24,7 @@ from glm4run.sampling import SamplingParams
 from glm4run.steps import Context
 
 MOST_TOGETHER = 32
-# What `auto` takes at most: beyond it a step takes as much longer as it has more sequences. Source: docs/performance.md.
+# What `auto` takes at most: beyond it a step takes as much longer as it has more sequences (docs/performance.md).
 ENOUGH_TOGETHER = 16
 
 

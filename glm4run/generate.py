@@ -525,7 +525,7 @@ class _Generation:
         return logits
 
     def _decode(self, token: int, generated: int) -> Tensor:
-        """Logits [V] behind `token`, the last of `generated`: verified ahead where it was drafted, else of a forward."""
+        """Logits [V] behind `token`, the last of `generated`: verified ahead if it was drafted, else of a forward."""
         if self.speculation is not None:
             self.speculation.chosen(token)
         if self.ahead and self.ahead[0][0] == token:

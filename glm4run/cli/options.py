@@ -63,8 +63,8 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Speculate = Annotated[
     str | None,
     typer.Option(
-        help="Drafts from the context's own words, verified several at once, with the same text: auto (where they pay), "
-        "off, or how many tokens to draft (1 to 7)"
+        help="Drafts from the context's own words, verified several at once, with the same text: auto (where they "
+        "pay), off, or how many tokens to draft (1 to 7)"
     ),
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
