@@ -29,6 +29,12 @@ class LayerStack(Protocol):
         """The residual x [T, hidden] to the next one; the new keys and values go into the cache at `position`."""
         ...
 
+    def run_sequences(
+        self, x: Tensor, cos: Tensor, sin: Tensor, caches: list[list[KVLayer]], positions: list[int]
+    ) -> Tensor:
+        """The same for sequences that share every product: x [S * T, hidden], T new tokens of each in turn."""
+        ...
+
 
 class Attention(nn.Module):
     """q, k, v with bias, partial RoPE, grouped-query attention, output projection."""
@@ -155,6 +161,24 @@ class Glm4Model(nn.Module):
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
         hidden = self.hidden_states(ids, cache)
         out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
+        return out.float()
+
+    def decode_together(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
+        """One more token of several sequences, which share the read of every weight: ids [S] to logits float32 [S, V].
+
+        Needs a `stack`. Every row is the same to the bit as that of its sequence alone.
+        """
+        assert self.stack is not None
+        positions = [cache.position for cache in caches]
+        for cache in caches:
+            cache.require(1)
+        turns = [self.rope.cos_sin(position, 1, ids.device) for position in positions]
+        cos, sin = (torch.cat(rows) for rows in zip(*turns, strict=True))
+        x = self.model.embed_tokens(ids).to(self.residual_dtype)
+        x = self.stack.run_sequences(x, cos, sin, [cache.layers for cache in caches], positions)
+        for cache in caches:
+            cache.advance(1)
+        out: Tensor = self.lm_head(self.model.norm(x).to(self.dtype))
         return out.float()
 
     def write_logits(self, ids: Tensor, cache: KVCache, out: Tensor) -> None:

@@ -14,6 +14,25 @@ import torch
 from torch import Tensor
 
 from glm4run.errors import GenerationError, UsageError
+from glm4run.speculative import MOST_DRAFTED, Speculate
+
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token was to the model (natural logarithm, before temperature, penalties and filters)."""
+
+    token_id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]  # ids with theirs, the likeliest first
+
+    @staticmethod
+    def of(token: int, logits: Tensor, count: int) -> TokenLogprobs:
+        """From logits [V] as the model gave them."""
+        all_of_them = logits.float().log_softmax(dim=-1)
+        values, ids = all_of_them.topk(count)
+        return TokenLogprobs(token, float(all_of_them[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,8 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_on_repetition: bool = True  # end with `repetition` when the tail is one n-gram over and over
+    speculate: Speculate = "auto"  # drafts verified several at once; the text is the same, see `speculative`
+    logprobs: int | None = None  # each step says how likely its token was, and so many of the likeliest
     recover: bool = False  # first take such a tail back, once, and write on from before it (`GenerationStep.rollback`)
 
     def __post_init__(self) -> None:
@@ -40,6 +61,8 @@ class SamplingParams:
             "min_p": 0 <= self.min_p < 1,
             "repetition_penalty": self.repetition_penalty > 0,
             "stop": all(self.stop),
+            "logprobs": self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+            "speculate": self.speculate in ("auto", "off", *range(1, MOST_DRAFTED + 1)),
         }
         ranges = {
             "max_new_tokens": "a positive number",
@@ -49,6 +72,8 @@ class SamplingParams:
             "min_p": "0 (off) or more, below 1",
             "repetition_penalty": "above 0 (1 is off)",
             "stop": "texts that are not empty",
+            "logprobs": f"0 to {MOST_LOGPROBS} of the likeliest tokens",
+            "speculate": f"auto, off, or drafts of 1 to {MOST_DRAFTED} tokens",
         }
         for name, good in checks.items():
             if not good:

@@ -406,6 +406,32 @@ def test_every_backend_computes_over_the_same_quantized_cache(folders: dict[str,
             assert relative(stepped(ours.model, sizes, kept), expected) < 5e-3, (name, sizes)
 
 
+@each_isa
+def test_a_token_has_the_same_bits_whatever_comes_with_it(folders: dict[str, Path], isa: str) -> None:
+    """Logits and cache: what speculation and batches stand on."""
+    with running(isa):
+        for name, folder in folders.items():
+            model = load_weights(folder, backend="native", dtype="bf16").model
+            alone = stepped(model, (1,))
+            for size in range(2, 9):
+                assert same_bits(stepped(model, (size,)), alone), (name, size)
+
+
+@each_isa
+@pytest.mark.parametrize("positions", [7, 250, 259, 300, 513, 520, 2056])
+def test_a_token_attends_the_same_whatever_comes_with_it(isa: str, positions: int) -> None:
+    """Around the lengths at which the context is cut into one more stretch."""
+    count, heads, size = 7, 8, 32
+    query = random(heads, count, size, seed=1)
+    key, value = (random(2, positions, size, seed=seed) for seed in (2, 3))
+    cache = KVLayer(KVRows(key), KVRows(value))
+    with running(isa):
+        together = native_ops.attention(query, cache, positions)
+        for token in range(count):
+            one = native_ops.attention(query[:, token : token + 1], cache, positions - count + 1 + token)
+            assert same_bits(one[0], together[token]), token
+
+
 def test_rounded_activations_cost_what_their_bits_cost(folders: dict[str, Path]) -> None:
     folder = folders["glm, int8"]
     exact = load_model(folder, backend="reference", dtype="fp32").logits(IDS)

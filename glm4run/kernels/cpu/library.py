@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 2  # GLM4RUN_ABI in src/abi.h
+ABI = 4  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -116,7 +116,10 @@ _SIGNATURES = {
     "g4_linear": (c_int32, (c_void_p, c_int64, c_int32, c_int64, POINTER(G4Output), c_int32)),
     "g4_stack": (
         c_int32,
-        (POINTER(G4Stack), c_void_p, c_int64, c_int64, c_void_p, c_void_p, POINTER(G4Cache)),
+        (
+            *(POINTER(G4Stack), c_void_p, c_int64, c_int64, POINTER(c_int64)),
+            *(c_void_p, c_void_p, POINTER(POINTER(G4Cache))),
+        ),
     ),
     "g4_round_pack": (
         c_int32,

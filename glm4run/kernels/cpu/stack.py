@@ -63,16 +63,28 @@ class NativeStack:
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVLayer], position: int) -> Tensor:
         """x [T, hidden] through all layers; writes the new keys and values of each into its cache at `position`."""
+        return self.run_sequences(x, cos, sin, [caches], [position])
+
+    def run_sequences(
+        self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Sequence[KVLayer]], positions: Sequence[int]
+    ) -> Tensor:
+        """The same for sequences that share every product: x [S * T, hidden], T new tokens of each in turn.
+
+        cos, sin: of every row. caches: of each sequence. What a row becomes does not depend on the others, to the bit.
+        """
         assert x.dtype == self.dtype
         x = x.clone(memory_format=torch.contiguous_format)
+        count = len(positions)
+        structs = [(G4Cache * len(layers))(*map(cache_struct, layers)) for layers in caches]
         failed = native().g4_stack(
             ctypes.byref(self._stack),
             x.data_ptr(),
-            x.shape[0],
-            position,
+            count,
+            x.shape[0] // count,
+            (ctypes.c_int64 * count)(*positions),
             cos.data_ptr(),
             sin.data_ptr(),
-            (G4Cache * len(caches))(*map(cache_struct, caches)),
+            (ctypes.POINTER(G4Cache) * count)(*structs),
         )
         if failed:
             raise GenerationError("out of memory for the activations", hint="use a smaller --ctx")

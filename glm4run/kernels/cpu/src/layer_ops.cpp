@@ -78,6 +78,20 @@ constexpr int64_t MAX_QUANTIZED_HEAD = 512;
 constexpr int64_t APPEND_TOKENS = 8;   // of a piece
 constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 
+int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
+
+// How the positions that one token sees are cut. By nothing else, so that a token's result is the same bits for any
+// number of threads and of tokens beside it.
+struct Cut {
+    int64_t stretch, count;
+
+    explicit Cut(int64_t seen) {
+        const int64_t most = pieces_of(seen, MIN_STRETCH), wanted = most < MAX_STRETCHES ? most : MAX_STRETCHES;
+        stretch = round_up(pieces_of(seen, wanted), 32);
+        count = pieces_of(seen, stretch);
+    }
+};
+
 struct AttentionContext {
     const Kernels* kernels;
     const char* query;
@@ -86,11 +100,12 @@ struct AttentionContext {
     float* partial; // per token, KV head, group of lanes and stretch: out [D][16], maxima [16], sums [16]
     int64_t tokens, heads, kv_heads, head_dim, positions;
     int64_t query_token, query_head; // strides in elements
-    int64_t lane_groups, stretches, stretch;
+    int64_t lane_groups, stretches;  // the most that a token has
     int32_t dtype;
     float scale;
 
     int64_t repeat() const { return heads / kv_heads; }
+    int64_t seen(int64_t token) const { return positions - tokens + 1 + token; }
     int64_t partial_floats() const { return (head_dim + 2) * ATTENTION_LANES; }
 };
 
@@ -121,7 +136,7 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     rows.keys = head_of(c.cache, c.cache.keys, c.head_dim, part.kv_head);
     rows.values = head_of(c.cache, c.cache.values, c.head_dim, part.kv_head);
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
-    rows.seen = c.positions - c.tokens + 1;
+    rows.seen = c.seen(0);
     rows.dtype = c.dtype;
     rows.scale = c.scale;
     return rows;
@@ -130,8 +145,11 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
 void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index / c.stretches);
-    const int64_t seen = c.positions - c.tokens + part.token + 1, first = index % c.stretches * c.stretch;
-    const int64_t last = first + c.stretch < seen ? first + c.stretch : seen;
+    const int64_t seen = c.seen(part.token);
+    const Cut cut(seen);
+    const int64_t first = index % c.stretches * cut.stretch;
+    const int64_t last = first + cut.stretch < seen ? first + cut.stretch : seen;
+    if (first >= last) return; // another token has more stretches
     float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim, 1) * 4)));
     c.kernels->attend(rows_of(c, part), part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
@@ -167,13 +185,14 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionPart part = part_of(c, index);
     const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
     const float* parts = c.partial + index * c.stretches * c.partial_floats();
+    const int64_t stretches = Cut(c.seen(part.token)).count;
     float* row = static_cast<float*>(ticket.scratch(size_t(D * 4)));
     for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
         float highest = -3.0e38f, total = 0.0f;
-        for (int64_t s = 0; s < c.stretches; s++)
+        for (int64_t s = 0; s < stretches; s++)
             highest = fmaxf(highest, parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
         memset(row, 0, size_t(D * 4));
-        for (int64_t s = 0; s < c.stretches; s++) {
+        for (int64_t s = 0; s < stretches; s++) {
             const float* one = parts + s * c.partial_floats();
             const float* maxima = one + D * ATTENTION_LANES;
             const float weight = expf(maxima[lane] - highest);
@@ -223,7 +242,6 @@ void append_piece(const void* context, int64_t index, Ticket&) {
 }
 
 int64_t rows_per_piece(int64_t size) { return size >= ROW_PIECE_ELEMENTS ? 1 : ROW_PIECE_ELEMENTS / size; }
-int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
 
 AttentionContext attention_context(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t positions) {
@@ -235,10 +253,10 @@ AttentionContext attention_context(int64_t tokens, int64_t heads, int64_t kv_hea
     c.head_dim = head_dim;
     c.positions = positions;
     c.lane_groups = (heads / kv_heads + ATTENTION_LANES - 1) / ATTENTION_LANES;
-    // The same cut for any number of threads, so that the sums are the same bits.
-    const int64_t most = pieces_of(positions, MIN_STRETCH), stretches = most < MAX_STRETCHES ? most : MAX_STRETCHES;
-    c.stretch = round_up(pieces_of(positions, stretches), 32);
-    c.stretches = pieces_of(positions, c.stretch);
+    for (int64_t t = 0; t < tokens && tokens <= FEW_TOKENS; t++) {
+        const int64_t mine = Cut(c.seen(t)).count;
+        c.stretches = mine > c.stretches ? mine : c.stretches;
+    }
     return c;
 }
 
