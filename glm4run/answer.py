@@ -8,10 +8,10 @@ from typing import Any
 
 from glm4run.chat_format import Message, ToolCall
 from glm4run.constraints import Constraint
-from glm4run.errors import GenerationError
+from glm4run.errors import GenerationError, Glm4RunError
 from glm4run.generate import LoadedModel, is_conversation
 from glm4run.sampling import SamplingParams
-from glm4run.steps import Timings
+from glm4run.steps import GenerationStep, Timings
 
 
 @dataclass
@@ -29,10 +29,28 @@ class Answer:
     stopped_by: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     timings: Timings = field(default_factory=Timings)
-    error: GenerationError | None = None
+    error: Glm4RunError | None = None
     recovered: str = ""  # why tokens were taken back and written anew
     constraint: Constraint | None = None
     problem: str | None = None  # what the answer has against the constraint
+
+    def add(self, step: GenerationStep) -> None:
+        """One more step of its stream."""
+        if step.rollback is not None:
+            del self.token_ids[len(self.token_ids) - step.rollback.tokens :]
+            self.text, self.thought = step.rollback.text, step.rollback.thought
+            self.recovered = step.rollback.why
+        self.text += step.text
+        self.thought += step.thought
+        if step.token_id is not None:
+            self.token_ids.append(step.token_id)
+        if step.finish_reason is not None:
+            self.finish_reason, self.stopped_by = step.finish_reason, step.stopped_by
+            self.tool_calls = step.tool_calls
+
+    def fail(self, error: Glm4RunError) -> None:
+        """It ended by an error; what there is of it stays."""
+        self.finish_reason, self.error = "error", error
 
     @property
     def completion_tokens(self) -> int:
@@ -49,6 +67,7 @@ class Answer:
             "stopped_by": self.stopped_by,
             "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls],
             "timings": self.timings.as_json(self.load_s),
+            "speculation": {"drafted": self.timings.drafted_tokens, "accepted": self.timings.accepted_tokens},
             "model": self.model,
             "backend": self.backend,
             **({} if self.constraint is None else {"valid": self.problem is None}),
@@ -67,6 +86,7 @@ def collect(
     on_text: Callable[[str, str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
     constraint: Constraint | None = None,
+    chat: bool | None = None,
 ) -> Answer:
     """Runs a stream to its end. `on_text` gets (new text, new thought) as they come.
 
@@ -74,27 +94,17 @@ def collect(
     """
     ids = model.encode_prompt(prompt)
     answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids), constraint=constraint)
-    chat = is_conversation(prompt)
+    chat = is_conversation(prompt) if chat is None else chat
     steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint)
     try:
         for step in steps:
-            if step.rollback is not None:
-                del answer.token_ids[len(answer.token_ids) - step.rollback.tokens :]
-                answer.text, answer.thought = step.rollback.text, step.rollback.thought
-                answer.recovered = step.rollback.why
-            answer.text += step.text
-            answer.thought += step.thought
-            if step.token_id is not None:
-                answer.token_ids.append(step.token_id)
+            answer.add(step)
             if on_text is not None:
                 on_text(step.text, step.thought)
-            if step.finish_reason is not None:
-                answer.finish_reason, answer.stopped_by = step.finish_reason, step.stopped_by
-                answer.tool_calls = step.tool_calls
     except KeyboardInterrupt:
         answer.finish_reason = "interrupted"
     except GenerationError as error:
-        answer.finish_reason, answer.error = "error", error
+        answer.fail(error)
     if constraint is not None:
         answer.problem = constraint.problem(answer.text)
     return answer

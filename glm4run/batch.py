@@ -1,18 +1,22 @@
-"""Many requests from a file of JSON lines, answered one after the other into another, so that a stop loses nothing."""
+"""Many requests from a file of JSON lines, answered into another, several at a time, so that a stop loses nothing."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from glm4run.answer import Answer, collect
+from glm4run.batch_decoding import Job, answer_together, choose_batch
 from glm4run.chat_format import Message, parse_messages
 from glm4run.constraints import Constraint
-from glm4run.errors import UsageError
-from glm4run.generate import LoadedModel
+from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.generate import LoadedModel, is_conversation
 from glm4run.sampling import SamplingParams
 
 ANSWER_START = b'{"id": '  # how each line of the output begins
@@ -66,37 +70,101 @@ def _parse(line: str, number: int, path: Path) -> Request:
     return Request(request_id, prompt, messages, constraint)
 
 
-def run_batch(
-    model: LoadedModel,
-    requests: list[Request],
-    params: SamplingParams,
-    target: Path,
-    *,
-    as_prompt: Callable[[str], Any],
-    constraint: Constraint | None = None,
-) -> Iterator[tuple[int, int, Answer]]:
-    """Answers what `target` does not hold yet; yields (requests done, requests in all, answer) after each.
+@dataclass(frozen=True)
+class Done:
+    """One answer of a batch: of which request, and how many are done of how many."""
 
-    `constraint` is for requests that have none of their own. A line is written when its answer is complete; an
-    interrupted one is not written, and done again next time.
+    request: Request
+    answer: Answer
+    done: int
+    total: int
 
-    Raises:
-        DoesNotFitError: a request leaves no room in the context. Before the first answer.
-    """
-    done = _finished(target)
-    prompts: list[tuple[int, Request, Any]] = []
-    for number, request in enumerate(requests, 1):
-        if request.id not in done:
+
+class Batch:
+    """The requests of a file that `target` does not answer yet, and how many of them are decoded together."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        requests: list[Request],
+        params: SamplingParams,
+        target: Path,
+        *,
+        as_prompt: Callable[[str], Any],
+        constraint: Constraint | None = None,
+        sequences: int | None = None,
+    ) -> None:
+        """`constraint` is for requests that have none of their own; `sequences` None takes what is worth it and fits.
+
+        Raises:
+            UsageError: `target` is no output of a batch, or `sequences` cannot be. DoesNotFitError: so many do not fit.
+        """
+        self.model, self.target, self.total = model, target, len(requests)
+        done = _finished(target)
+        self.answered = len([request for request in requests if request.id in done])
+        self.jobs: list[tuple[Request, Job]] = []
+        self.refused: list[tuple[Request, Answer]] = []
+        for request in requests:
+            if request.id in done:
+                continue
             prompt = list(request.messages) or as_prompt(request.prompt or "")
-            model.check_prompt(model.encode_prompt(prompt), name=f"request {request.id!r}")
-            prompts.append((number, request, prompt))
-    with target.open("a", encoding="utf-8") as file:
-        for number, request, prompt in prompts:
-            answer = collect(model, prompt, params, constraint=request.constraint or constraint)
-            if answer.finish_reason != "interrupted":
-                file.write(json.dumps({"id": request.id, **answer.as_json()}, ensure_ascii=False) + "\n")
-                file.flush()
-            yield number, len(requests), answer
+            ids = model.encode_prompt(prompt)
+            try:
+                model.check_prompt(ids, name=f"request {request.id!r}")
+            except (DoesNotFitError, UsageError) as error:
+                answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids))
+                answer.fail(error)
+                self.refused.append((request, answer))
+                continue
+            job = Job(
+                ids, seeded(params, request.id), is_conversation(prompt), constraint=request.constraint or constraint
+            )
+            self.jobs.append((request, job))
+        self.plan = choose_batch(model, [job for _, job in self.jobs], sequences)
+
+    def run(self) -> Iterator[Done]:
+        """Answers one request after the other, in the order in which they end; each is on disk before it is yielded.
+
+        A request that cannot be answered (too long, or the model's output is broken) gets a line with `error`. An
+        interrupted answer (Ctrl-C) is the last, is not written, and is done again next time; so is a cut line.
+        """
+        with self.target.open("a", encoding="utf-8") as file:
+            for request, answer in self._answers():
+                if answer.finish_reason != "interrupted":
+                    seed = {} if request.id not in self._seeds else {"seed": self._seeds[request.id]}
+                    file.write(json.dumps({"id": request.id, **answer.as_json(), **seed}, ensure_ascii=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self.answered += 1
+                yield Done(request, answer, self.answered, self.total)
+
+    @cached_property
+    def _seeds(self) -> dict[str | int, int]:
+        return {request.id: job.params.seed for request, job in self.jobs if job.params.seed is not None}
+
+    def _answers(self) -> Iterator[tuple[Request, Answer]]:
+        yield from self.refused
+        if self.plan.sequences == 1:
+            for request, job in self.jobs:
+                answer = collect(self.model, job.ids, job.params, chat=job.chat, constraint=job.constraint)
+                yield request, answer
+                if answer.finish_reason == "interrupted":
+                    return
+            return
+        try:
+            for number, answer in answer_together(self.model, [job for _, job in self.jobs], self.plan):
+                yield self.jobs[number][0], answer
+        except KeyboardInterrupt:
+            model = self.model
+            yield self.jobs[-1][0], Answer(model.name, model.backend, model.load_s, prompt_tokens=0)
+
+
+def seeded(params: SamplingParams, request_id: str | int) -> SamplingParams:
+    """With a seed of the request's own where one is given: what it draws depends on nothing else of the batch."""
+    if params.seed is None or params.temperature == 0:
+        return params
+    digest = hashlib.sha256(json.dumps([params.seed, request_id]).encode()).digest()
+    return replace(params, seed=int.from_bytes(digest[:4]))
 
 
 def _finished(target: Path) -> set[str | int]:

@@ -73,7 +73,7 @@ def after_a_loop(params: SamplingParams) -> SamplingParams:
 def first_nonfinite(cache: KVCache) -> Nonfinite | None:
     """The earliest token with a key or value that is not finite, and the first layer in which it has one."""
     found: Nonfinite | None = None
-    for layer in range(len(cache.keys)):
+    for layer in range(len(cache.layers)):
         for tensor in cache.rows(layer, 0, cache.position).values():
             bad = ~torch.isfinite(tensor).all(dim=-1).all(dim=0)
             if bool(bad.any()):

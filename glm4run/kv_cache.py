@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from glm4run.config import ModelConfig
+from glm4run.kv_rows import KVLayer, KVRows
 
 
 class KVCache:
-    """Keys and values [layers][KVH, capacity, D] of one sequence.
+    """Keys and values of one sequence: `layers`, each with rows [KVH, capacity].
 
     `position` is the number of tokens held. `append` writes a layer's part of the next tokens without moving
     `position`; `advance` moves it once all layers have written.
@@ -23,16 +24,20 @@ class KVCache:
         self.capacity = capacity
         self.position = 0
         shape = (config.num_key_value_heads, capacity, config.head_dim)
-        # `empty`: a page costs memory only once a token has been written to it.
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+        def rows() -> KVRows:
+            # `empty`: a page costs memory only once a token has been written to it.
+            return KVRows(torch.empty(shape, dtype=dtype, device=device))
+
+        self.layers = [KVLayer(rows(), rows()) for _ in range(config.num_hidden_layers)]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key and value [KVH, T, D] behind `position`; returns views [KVH, position + T, D] of all so far."""
         end = self.require(key.shape[1])
-        self.keys[layer][:, self.position : end] = key
-        self.values[layer][:, self.position : end] = value
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+        keys, values = self.layers[layer].keys.data, self.layers[layer].values.data
+        keys[:, self.position : end] = key
+        values[:, self.position : end] = value
+        return keys[:, :end], values[:, :end]
 
     def require(self, count: int) -> int:
         """The position behind `count` more tokens. Raises ValueError where they do not fit."""
@@ -52,9 +57,13 @@ class KVCache:
             raise ValueError(f"cannot truncate a cache of {self.position} tokens to {position}")
         self.position = position
 
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """The memory of a layer, by name; the token axis second."""
+        return {"keys": self.layers[layer].keys.data, "values": self.layers[layer].values.data}
+
     def rows(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
         """What a layer holds of the tokens `start` to `end`, by name: views, the token axis second."""
-        return {"keys": self.keys[layer][:, start:end], "values": self.values[layer][:, start:end]}
+        return {name: tensor[:, start:end] for name, tensor in self.tensors(layer).items()}
 
     def restore(self, layer: int, start: int, rows: dict[str, Tensor]) -> None:
         """Writes what `rows` gave back at `start`; `position` stays. Raises ValueError where shape or dtype differ."""
@@ -66,4 +75,6 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(
+            t.numel() * t.element_size() for layer in range(len(self.layers)) for t in self.tensors(layer).values()
+        )

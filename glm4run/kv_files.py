@@ -111,7 +111,7 @@ class KVFiles:
     def _load(self, piece: Piece, cache: KVCache, start: int, end: int) -> bool:
         try:
             with safe_open(piece.path, framework="pt") as file:
-                for layer in range(len(cache.keys)):
+                for layer in range(len(cache.layers)):
                     rows = {}
                     for name in cache.rows(layer, 0, 0):
                         rows[name] = file.get_slice(f"{name}.{layer}")[:, start - piece.start : end - piece.start]
@@ -126,7 +126,7 @@ class KVFiles:
     def _write(self, cache: KVCache, ids: Sequence[int], start: int, end: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {"ids": torch.tensor(ids[start:end], dtype=torch.int32)}
-        for layer in range(len(cache.keys)):
+        for layer in range(len(cache.layers)):
             for name, rows in cache.rows(layer, start, end).items():
                 tensors[f"{name}.{layer}"] = rows.cpu().contiguous()
         before = digest(ids[:start])

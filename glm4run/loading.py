@@ -23,6 +23,7 @@ from glm4run.memory.heap import kept_block_bytes, return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.ops import NativeOps, Ops, choose_ops
 from glm4run.quant_config import QuantScheme, on_load_scheme
+from glm4run.speculative import MOST_DRAFTED
 from glm4run.tensor_loading import Progress, TensorLoader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -259,7 +260,8 @@ def planned_run(
     computes = weights.compute(
         config, dtype=dtype_name, device=device.type, native_attention=on_cpu and isinstance(ops, NativeOps)
     )
-    return Run(weights, computes, overhead)
+    verifies = backend is not None and backend.name == "native" and "lm_head" in specs  # drafts: generate.py
+    return Run(weights, computes, overhead, logits_rows=1 + MOST_DRAFTED if verifies else 1)
 
 
 def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:

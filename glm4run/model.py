@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glm4run.config import ModelConfig
 from glm4run.kv_cache import KVCache
+from glm4run.kv_rows import KVLayer
 from glm4run.layers import Embedding, Linear, RMSNorm, linear_together
 from glm4run.memory import logits_block_rows
 from glm4run.ops import Ops, split_heads
@@ -24,10 +25,14 @@ class LayerStack(Protocol):
 
     max_tokens: int
 
-    def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: list[Tensor], values: list[Tensor], position: int
-    ) -> Tensor:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, caches: list[KVLayer], position: int) -> Tensor:
         """The residual x [T, hidden] to the next one; the new keys and values go into the cache at `position`."""
+        ...
+
+    def run_sequences(
+        self, x: Tensor, cos: Tensor, sin: Tensor, caches: list[list[KVLayer]], positions: list[int]
+    ) -> Tensor:
+        """The same for sequences that share every product: x [S * T, hidden], T new tokens of each in turn."""
         ...
 
 
@@ -138,7 +143,7 @@ class Glm4Model(nn.Module):
         x = self.model.embed_tokens(ids).to(self.residual_dtype)
         if self.stack is not None and cache is not None and ids.ndim == 1 and count <= self.stack.max_tokens:
             cache.require(count)
-            x = self.stack.run(x, *rope, cache.keys, cache.values, start)
+            x = self.stack.run(x, *rope, cache.layers, start)
         else:
             for layer in self.model.layers:
                 x = layer(x, rope, cache, self.dtype)
@@ -151,6 +156,24 @@ class Glm4Model(nn.Module):
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
         hidden = self.hidden_states(ids, cache)
         out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
+        return out.float()
+
+    def decode_together(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
+        """One more token of several sequences, which share the read of every weight: ids [S] to logits float32 [S, V].
+
+        Needs a `stack`. Every row is the same to the bit as that of its sequence alone.
+        """
+        assert self.stack is not None
+        positions = [cache.position for cache in caches]
+        for cache in caches:
+            cache.require(1)
+        turns = [self.rope.cos_sin(position, 1, ids.device) for position in positions]
+        cos, sin = (torch.cat(rows) for rows in zip(*turns, strict=True))
+        x = self.model.embed_tokens(ids).to(self.residual_dtype)
+        x = self.stack.run_sequences(x, cos, sin, [cache.layers for cache in caches], positions)
+        for cache in caches:
+            cache.advance(1)
+        out: Tensor = self.lm_head(self.model.norm(x).to(self.dtype))
         return out.float()
 
     def write_logits(self, ids: Tensor, cache: KVCache, out: Tensor) -> None:

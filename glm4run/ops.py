@@ -12,6 +12,7 @@ from torch import Tensor
 from glm4run.attention import grouped_query_attention
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import why_missing
+from glm4run.kv_rows import KVLayer, KVRows
 from glm4run.layers import rms_norm
 from glm4run.memory import attends_natively
 from glm4run.rope import apply_rope
@@ -63,7 +64,7 @@ class NativeOps(Ops):
         same = query.dtype == key.dtype == value.dtype
         if not (alone and packed and same and native.takes(query, key, value)):
             return super().attention(query, key, value)
-        return native.attention(query, key, value)
+        return native.attention(query, KVLayer(KVRows(key), KVRows(value)), key.shape[1])
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glm4run.errors import GenerationError, UsageError
+from glm4run.speculative import MOST_DRAFTED, Speculate
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_on_repetition: bool = True  # end with `repetition` when the tail is one n-gram over and over
+    speculate: Speculate = "auto"  # drafts verified several at once; the text is the same, see `speculative`
     recover: bool = False  # first take such a tail back, once, and write on from before it (`GenerationStep.rollback`)
 
     def __post_init__(self) -> None:
@@ -40,6 +42,7 @@ class SamplingParams:
             "min_p": 0 <= self.min_p < 1,
             "repetition_penalty": self.repetition_penalty > 0,
             "stop": all(self.stop),
+            "speculate": self.speculate in ("auto", "off", *range(1, MOST_DRAFTED + 1)),
         }
         ranges = {
             "max_new_tokens": "a positive number",
@@ -49,6 +52,7 @@ class SamplingParams:
             "min_p": "0 (off) or more, below 1",
             "repetition_penalty": "above 0 (1 is off)",
             "stop": "texts that are not empty",
+            "speculate": f"auto, off, or drafts of 1 to {MOST_DRAFTED} tokens",
         }
         for name, good in checks.items():
             if not good:

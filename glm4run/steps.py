@@ -46,6 +46,8 @@ class Timings:
     prefill_tokens: int = 0
     decode_s: float = 0.0
     decode_tokens: int = 0
+    drafted_tokens: int = 0  # by speculation
+    accepted_tokens: int = 0  # of those; part of `decode_tokens`
 
     def as_json(self, load_s: float) -> dict[str, float]:
         """The keys of the contract."""

@@ -23,6 +23,7 @@ class ScriptedModel:
     """Likes the tokens of its script best, one a forward, and then the stop token; notes everything it is fed."""
 
     dtype = torch.float32
+    stack = None
 
     def __init__(self, script: Iterable[int] = (), after: int = END) -> None:
         self.script = list(script)

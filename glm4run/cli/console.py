@@ -156,3 +156,18 @@ def token_progress(what: str, unit: str = "tokens") -> Iterator[Any]:
         yield update
     finally:
         progress.stop()
+
+
+@contextmanager
+def count_progress(what: str, done: int, total: int) -> Iterator[Any]:
+    """A bar over things that are done one by one, below the notes, on a terminal only; gives the callback (done)."""
+    console = stderr_console()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total, completed=done)
+        yield lambda count: progress.update(task, completed=count)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from glm4run.cli import options
-from glm4run.cli.console import note, read_stdin, stderr_console, token_progress, write_json, write_text
+from glm4run.cli.console import count_progress, note, read_stdin, stderr_console, token_progress, write_json, write_text
 from glm4run.errors import EXIT_INTERRUPTED, Glm4RunError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def generate(
     penalty: options.Penalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    speculate: options.Speculate = None,
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
     input_file: Annotated[
@@ -44,6 +46,9 @@ def generate(
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Where answers of --input go; what is there is not done again")
     ] = None,
+    batch: Annotated[
+        str, typer.Option(help="How many requests of --input are decoded together: auto, or a number; 1 is one by one")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text")] = False,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
@@ -62,6 +67,9 @@ def generate(
     if input_file is not None and prompt is not None:
         raise UsageError("a PROMPT and --input were given", hint="use one of the two")
     constraint = options.given_constraint(json_schema, regex)
+    sequences = _parse_batch(batch)
+    if sequences is not None and input_file is None:
+        raise UsageError("--batch is for --input", hint="glm4run generate --input FILE --output FILE --batch 8")
     text = None if input_file is not None else _read_prompt(prompt)
     _, loaded = options.load(
         model,
@@ -76,18 +84,35 @@ def generate(
         yarn=yarn,
         needs_chat=chat is True,
     )
-    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
+    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
+    options.require_speculation(loaded, speculate)
     params = dataclasses.replace(loaded.default_params(), **given)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
         params = dataclasses.replace(params, recover=True)
     if input_file is not None and output_file is not None:
         return _run_batch(
-            loaded, params, constraint, input_file, output_file, chat=chat, system=system, check_plan=check_plan
+            loaded,
+            params,
+            constraint,
+            input_file,
+            output_file,
+            chat=chat,
+            system=system,
+            sequences=sequences,
+            check_plan=check_plan,
         )
     assert text is not None
     _say_how_prompts_are_taken(loaded, chat=chat)
     prompt_ids = _as_prompt(loaded, text, chat=chat, system=system)
     return _run_one(loaded, params, constraint, prompt_ids, as_json=as_json, check_plan=check_plan)
+
+
+def _parse_batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch is {text!r}", hint="auto, or a number of requests")
+    return int(text)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -185,8 +210,8 @@ def _say_how_it_ended(answer: Answer) -> None:
     is_whole = answer.constraint is not None and answer.stopped_by == COMPLETE
     stopped = "" if answer.stopped_by is None else ", as it is whole" if is_whole else f" at {answer.stopped_by!r}"
     note(
-        f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s, "
-        f"ended by {answer.finish_reason}{stopped}"
+        f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s"
+        f"{options.describe_drafts(answer.timings)}, ended by {answer.finish_reason}{stopped}"
     )
 
 
@@ -199,29 +224,43 @@ def _run_batch(
     *,
     chat: bool | None,
     system: str | None,
+    sequences: int | None,
     check_plan: bool,
 ) -> int:
-    from glm4run.batch import read_requests, run_batch
+    from glm4run.batch import Batch, read_requests
+    from glm4run.plan_check import check_plan as compare_plan
 
     requests = read_requests(source)
     if any(request.prompt is not None for request in requests):
         _say_how_prompts_are_taken(loaded, chat=chat)
-    done = most = 0
-    for done, total, answer in run_batch(
+    work = Batch(
         loaded,
         requests,
         params,
         target,
         as_prompt=lambda text: _as_prompt(loaded, text, chat=chat, system=system),
         constraint=constraint,
-    ):
-        problem = "" if answer.problem is None else f", not valid: {answer.problem}"
-        note(f"{done}/{total}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}{problem}")
-        most = max(most, answer.prompt_tokens + answer.completion_tokens)
-        if answer.finish_reason == "interrupted":
-            note(f"interrupted: run the same command again to go on after {done - 1} answers")
-            return EXIT_INTERRUPTED
-    note(f"{len(requests)} answers are in {target}")
+        sequences=sequences,
+    )
+    if work.answered:
+        note(f"{work.answered} of {work.total} answers are in {target} already")
+    if work.plan.sequences > 1:
+        note(f"{work.plan.sequences} requests together, each with a context of {work.plan.capacity} tokens")
+    started, tokens, most = time.perf_counter(), 0, 0
+    with count_progress("answering", work.answered, work.total) as update:
+        for item in work.run():
+            answer = item.answer
+            if answer.finish_reason == "interrupted":
+                note(f"interrupted: run the same command again to go on after {item.done} answers")
+                return EXIT_INTERRUPTED
+            tokens += answer.completion_tokens
+            most = max(most, answer.prompt_tokens + answer.completion_tokens)
+            problem = "" if answer.problem is None else f", not valid: {answer.problem}"
+            problem += "" if answer.error is None else f": {answer.error.message}"
+            note(f"{item.request.id!r}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}{problem}")
+            update(item.done)
+    elapsed = time.perf_counter() - started
+    note(f"{work.total} answers are in {target}; {tokens} tokens, {tokens / max(elapsed, 1e-9):.1f} tok/s in all")
     if check_plan:
-        options.say_plan_check(loaded, most)
+        note(compare_plan(work.plan.run, work.plan.plan, loaded.device, most).describe())
     return 0

@@ -19,11 +19,13 @@ from glm4run.model_folders import (
     no_chat_template,
     read_provenance,
 )
+from glm4run.speculative import parse_speculate
 
 if TYPE_CHECKING:
     from glm4run import kernels
     from glm4run.constraints import Constraint
     from glm4run.generate import LoadedModel
+    from glm4run.steps import Timings
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Backend = Annotated[
@@ -54,6 +56,13 @@ TopK = Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps a
 MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this likely relative to the likeliest")]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages tokens seen before")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text")]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        help="Drafts from the context's own words, verified several at once, with the same text: auto (where they pay), "
+        "off, or how many tokens to draft (1 to 7)"
+    ),
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
 
 JsonSchema = Annotated[
@@ -174,6 +183,7 @@ def given_sampling(
     penalty: float | None,
     seed: int | None,
     stop: list[str] | None,
+    speculate: str | None = None,
 ) -> dict[str, Any]:
     """The fields of `SamplingParams` that the user set, by name."""
     given = {
@@ -185,5 +195,22 @@ def given_sampling(
         "repetition_penalty": penalty,
         "seed": seed,
         "stop": tuple(stop) if stop else None,
+        "speculate": None if speculate is None else parse_speculate(speculate),
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def require_speculation(loaded: LoadedModel, asked: str | None) -> None:
+    """Says why there are no drafts where the user asked for a number of them. Raises UsageError for that."""
+    why = loaded.why_no_speculation
+    if asked is not None and asked not in ("off", "auto") and why is not None:
+        raise UsageError(f"--speculate {asked} is not possible with this model: {why}", hint="leave it out")
+    if asked == "auto" and why is not None:
+        note(f"no drafts: {why}")
+
+
+def describe_drafts(timings: Timings) -> str:
+    """What speculation did, for a status line; nothing where it did nothing."""
+    if not timings.drafted_tokens:
+        return ""
+    return f", {timings.accepted_tokens} of {timings.drafted_tokens} drafted tokens came"

@@ -266,5 +266,5 @@ def _head(ledger: _Ledger, compute: Compute, tokens: int, rows: int) -> None:
         ledger.hold("logits", **{"logits in float32": 4 * rows * compute.config.vocab_size})
         ledger.drop("logits")
         ledger.rename("logits in float32", "logits")
-    # Masked, scaled, sorted (with int64 indices), softmax, cumulated and masked again: sampling.Sampler.
-    ledger.hold("sampling", sampling=40 * rows * compute.config.vocab_size)
+    # One row at a time: masked, scaled, sorted (with int64 indices), softmax, cumulated and masked again: sampling.Sampler.
+    ledger.hold("sampling", sampling=40 * compute.config.vocab_size)

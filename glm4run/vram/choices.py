@@ -32,6 +32,7 @@ from glm4run.memory import (
 )
 from glm4run.model_folders import find_model
 from glm4run.quant_config import QuantScheme, on_load_scheme
+from glm4run.speculative import MOST_DRAFTED
 from glm4run_quantize.recipes import choose_recipe
 
 DEFAULT_MEMBER = "glm-4-9b-chat"
@@ -159,6 +160,7 @@ def make_run(
     config = _share_of(subject.config, choice)
     weights = _weights(subject, config, choice, device=device, dtype=dtype, backend=backend)
     native = device == "cpu" and backend == "native"
+    is_packed_head = weights.kernels["lm_head"][0].scheme is not None  # then generate.py drafts from the context
     compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch, native_attention=native)
     return Run(
         weights,
@@ -166,7 +168,7 @@ def make_run(
         overhead,
         choice.chunk,
         choice.kv_bits,
-        choice.drafted_tokens + 1,
+        1 + max(choice.drafted_tokens, MOST_DRAFTED if native and is_packed_head else 0),
         choice.every_logits,
         partial(_extra_terms, choice, draft),
         _elsewhere(weights, choice),

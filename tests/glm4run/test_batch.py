@@ -11,13 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from glm4run import LoadedModel, SamplingParams
-from glm4run.batch import read_requests, run_batch
+from glm4run.batch import Batch, read_requests
 from glm4run.chat_format import Message
-from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.errors import UsageError
 from tests.scripted import ScriptedModel, loaded_model, with_script
 
 KEYS = {"id", "text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "stopped_by", "tool_calls"}
-KEYS |= {"timings", "model", "backend"}
+KEYS |= {"timings", "speculation", "model", "backend"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def run(model: LoadedModel, source: Path, target: Path) -> list[str]:
     """Runs a batch; the finish reasons of what it did."""
     params = SamplingParams(max_new_tokens=5)
     requests = read_requests(source)
-    return [a.finish_reason for _, _, a in run_batch(model, requests, params, target, as_prompt=lambda text: text)]
+    batch = Batch(model, requests, params, target, as_prompt=lambda text: text)
+    return [item.answer.finish_reason for item in batch.run()]
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
@@ -100,8 +101,8 @@ def test_interrupted_answer_is_not_written_and_done_again(tiny: LoadedModel, tmp
 
     scripted.before_forward = strike
     params, requests = SamplingParams(max_new_tokens=5), read_requests(source)
-    steps = run_batch(model, requests, params, target, as_prompt=lambda text: text)
-    assert [next(steps)[2].finish_reason for _ in range(2)] == ["max_tokens", "interrupted"]
+    steps = Batch(model, requests, params, target, as_prompt=lambda text: text).run()
+    assert [next(steps).answer.finish_reason for _ in range(2)] == ["max_tokens", "interrupted"]
     del steps
     assert [answer["id"] for answer in answers(target)] == [0]
     assert len(run(echoing(tiny)[0], source, target)) == 2
@@ -112,8 +113,8 @@ def test_each_line_is_on_disk_before_the_next_begins(tiny: LoadedModel, tmp_path
     source = write_lines(tmp_path / "in.jsonl", *({"prompt": "x"} for _ in range(3)))
     target = tmp_path / "out.jsonl"
     params, requests = SamplingParams(max_new_tokens=5), read_requests(source)
-    for number, total, _ in run_batch(echoing(tiny)[0], requests, params, target, as_prompt=lambda text: text):
-        assert len(answers(target)) == number <= total == 3
+    for item in Batch(echoing(tiny)[0], requests, params, target, as_prompt=lambda text: text).run():
+        assert len(answers(target)) == item.done <= item.total == 3
 
 
 @pytest.mark.parametrize(
@@ -181,12 +182,15 @@ def test_output_that_is_no_batch_is_left_alone(tiny: LoadedModel, tmp_path: Path
         assert target.read_bytes() == content
 
 
-def test_request_that_does_not_fit_is_named_before_anything_is_answered(tiny: LoadedModel, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "in.jsonl", {"prompt": "y"}, {"id": "long", "prompt": "x" * 400})
-    model, scripted = echoing(tiny)
-    with pytest.raises(DoesNotFitError, match="request 'long' has 402 tokens, the context holds 256"):
-        run(model, source, tmp_path / "out.jsonl")
-    assert scripted.fed == []
+def test_a_request_that_does_not_fit_is_a_line_and_the_others_are_answered(tiny: LoadedModel, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "y"}, {"id": "long", "prompt": "x" * 400}, {"prompt": "z"})
+    target = tmp_path / "out.jsonl"
+    model, _ = echoing(tiny)
+    assert run(model, source, target) == ["error", "max_tokens", "max_tokens"]
+    got = {answer["id"]: answer for answer in answers(target)}
+    assert got["long"]["error"] == "request 'long' has 402 tokens, the context holds 256"
+    assert got["long"]["text"] == "" and got[1]["completion_tokens"] == 5
+    assert run(model, source, target) == []  # it would not fit the next time
 
 
 def test_unreadable_input_is_named(tmp_path: Path) -> None:

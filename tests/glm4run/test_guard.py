@@ -109,7 +109,7 @@ def test_a_fault_that_passes_is_computed_again(tiny: LoadedModel) -> None:
         else:
             got.append(step.token_id)
         if len(got) == 5 and not said:
-            context.cache.keys[1][0, 3, 5] = float("nan")
+            context.cache.layers[1].keys.data[0, 3, 5] = float("nan")
     assert got == expected
     assert said == ["the output was not finite"]
 
@@ -129,8 +129,8 @@ def test_the_first_that_is_not_finite_is_found(tiny: LoadedModel) -> None:
     context = tiny.new_context()
     tiny.prefill(list(range(40, 60)), context)
     assert first_nonfinite(context.cache) is None
-    context.cache.values[0][1, 9, 0] = float("inf")
-    context.cache.keys[1][0, 4, 7] = float("nan")
+    context.cache.layers[0].values.data[1, 9, 0] = float("inf")
+    context.cache.layers[1].keys.data[0, 4, 7] = float("nan")
     assert first_nonfinite(context.cache) == Nonfinite(1, 4)
     context.cache.truncate(4)
     assert first_nonfinite(context.cache) is None

@@ -37,7 +37,7 @@ def tokens(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_a_new_cache_is_empty_and_of_the_planned_size() -> None:
     cache = new_cache(8, torch.bfloat16)
     assert (cache.position, cache.capacity) == (0, 8)
-    assert len(cache.keys) == len(cache.values) == 3
+    assert len(cache.layers) == 3
     assert cache.nbytes == 2 * 3 * 2 * 8 * 16 * 2
 
 
@@ -78,14 +78,14 @@ def test_layers_are_separate() -> None:
 
 def test_append_returns_views_of_memory_allocated_once() -> None:
     cache = new_cache()
-    addresses = [t.data_ptr() for t in (*cache.keys, *cache.values)]
+    addresses = [t.data_ptr() for layer in range(3) for t in cache.tensors(layer).values()]
     for _ in range(4):
         for layer in range(3):
             key, value = cache.append(layer, *tokens(2))
-            assert key.data_ptr() == cache.keys[layer].data_ptr()
-            assert value.data_ptr() == cache.values[layer].data_ptr()
+            assert key.data_ptr() == cache.layers[layer].keys.data.data_ptr()
+            assert value.data_ptr() == cache.layers[layer].values.data.data_ptr()
         cache.advance(2)
-    assert [t.data_ptr() for t in (*cache.keys, *cache.values)] == addresses
+    assert [t.data_ptr() for layer in range(3) for t in cache.tensors(layer).values()] == addresses
 
 
 def test_append_rounds_to_the_caches_dtype() -> None:

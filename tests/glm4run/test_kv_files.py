@@ -12,6 +12,7 @@ import torch
 from glm4run import LoadedModel, SamplingParams, load_model
 from glm4run.fingerprint import differences, fingerprint
 from glm4run.kv_files import PIECE_TOKENS, KVFiles
+from glm4run.kv_rows import KVLayer, KVRows
 from glm4run.session import Session
 from glm4run.steps import Context, Timings
 from tests.builders import edit_tensors, write_checkpoint, write_packed
@@ -33,7 +34,7 @@ def filled(tiny: LoadedModel, ids: list[int]) -> Context:
 
 def cache_rows(context: Context, end: int) -> list[torch.Tensor]:
     cache = context.cache
-    return [t.clone() for layer in range(len(cache.keys)) for t in cache.rows(layer, 0, end).values()]
+    return [t.clone() for layer in range(len(cache.layers)) for t in cache.rows(layer, 0, end).values()]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -173,7 +174,7 @@ def test_a_cache_of_another_shape_is_refused_at_the_last_line_too(tiny: LoadedMo
     KVFiles(tmp_path, {}).save(context)
     other = dataclasses.replace(tiny)
     again = Context(tiny.new_context().cache)
-    again.cache.keys = [t.to(torch.bfloat16) for t in again.cache.keys]
+    again.cache.layers = [KVLayer(KVRows(layer.keys.data.bfloat16()), layer.values) for layer in again.cache.layers]
     said: list[str] = []
     assert other.dialect is not None
     assert KVFiles(tmp_path, {}, on_problem=said.append).extend(again, list(range(40, 60))) == 0

@@ -17,6 +17,7 @@ from glm4run.generate import load_model
 from glm4run.kernels import Activations
 from glm4run.kernels.cpu import ops as native_ops
 from glm4run.kv_cache import KVCache
+from glm4run.kv_rows import KVLayer, KVRows
 from glm4run.layer_stack import native_stack
 from glm4run.loading import load_weights
 from glm4run.model import Glm4Model
@@ -145,6 +146,10 @@ def test_rope(isa: str, dtype: torch.dtype, head_dim: int, rotary: int, no_torch
 # Attention
 
 
+def in_the_library(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return native_ops.attention(query, KVLayer(KVRows(key), KVRows(value)), key.shape[1])
+
+
 def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """In float64, every score at once."""
     heads, tokens, head_dim = query.shape
@@ -175,14 +180,14 @@ def test_attention(isa: str, heads: int, kv_heads: int, head_dim: int) -> None:
     for (tokens, positions), dtype in itertools.product(shapes, DTYPES):
         query, key, value = attention_case(heads, kv_heads, head_dim, tokens, positions, dtype)
         with running(isa):
-            got = native_ops.attention(query, key, value)
+            got = in_the_library(query, key, value)
         assert_same(got, exact_attention(query, key, value), dtype, floor=3e-6)
 
 
 @pytest.mark.parametrize("tokens", [8, 9])
 def test_attention_of_this_family_is_the_library_s(tokens: int, no_torch: None) -> None:
     query, key, value = attention_case(32, 2, 128, tokens, 40, torch.bfloat16)
-    assert torch.equal(NativeOps().attention(query, key, value), native_ops.attention(query, key, value))
+    assert torch.equal(NativeOps().attention(query, key, value), in_the_library(query, key, value))
 
 
 @each_isa
@@ -387,6 +392,32 @@ def test_the_stack_does_what_the_layers_do(folders: dict[str, Path]) -> None:
                 assert same_bits(with_stack, without), (name, dtype, activations, sizes)
 
 
+@each_isa
+def test_a_token_has_the_same_bits_whatever_comes_with_it(folders: dict[str, Path], isa: str) -> None:
+    """Logits and cache: what speculation and batches stand on."""
+    with running(isa):
+        for name, folder in folders.items():
+            model = load_weights(folder, backend="native", dtype="bf16").model
+            alone = stepped(model, (1,))
+            for size in range(2, 9):
+                assert same_bits(stepped(model, (size,)), alone), (name, size)
+
+
+@each_isa
+@pytest.mark.parametrize("positions", [7, 250, 259, 300, 513, 520, 2056])
+def test_a_token_attends_the_same_whatever_comes_with_it(isa: str, positions: int) -> None:
+    """Around the lengths at which the context is cut into one more stretch."""
+    count, heads, size = 7, 8, 32
+    query = random(heads, count, size, seed=1)
+    key, value = (random(2, positions, size, seed=seed) for seed in (2, 3))
+    cache = KVLayer(KVRows(key), KVRows(value))
+    with running(isa):
+        together = native_ops.attention(query, cache, positions)
+        for token in range(count):
+            one = native_ops.attention(query[:, token : token + 1], cache, positions - count + 1 + token)
+            assert same_bits(one[0], together[token]), token
+
+
 def test_rounded_activations_cost_what_their_bits_cost(folders: dict[str, Path]) -> None:
     folder = folders["glm, int8"]
     exact = load_model(folder, backend="reference", dtype="fp32").logits(IDS)
@@ -410,9 +441,9 @@ def test_a_full_cache_is_an_error_before_anything_is_written(folders: dict[str, 
     model = load_weights(folders["glm, int4"], backend="native", dtype="fp32").model
     cache = new_cache(model, 4)
     model(torch.tensor([1, 2, 3]), cache)
-    before = [keys.clone() for keys in cache.keys]
+    before = [layer.keys.data.clone() for layer in cache.layers]
     for count in (2, 8):
         with pytest.raises(ValueError, match="the cache holds 4 tokens"):
             model(torch.arange(count), cache)
     assert cache.position == 3
-    assert all(same_bits(a, b) for a, b in zip(before, cache.keys, strict=True))
+    assert all(same_bits(a, b.keys.data) for a, b in zip(before, cache.layers, strict=True))

@@ -474,7 +474,7 @@ def test_fifty_turns_of_the_demo_prefill_only_what_is_new_and_take_no_memory() -
     model = load_model(demo_folder(), context_len=2048)
     session = Session(model, SamplingParams(max_new_tokens=12))
     cache = session._context.cache
-    bytes_before, buffers = cache.nbytes, [tensor.data_ptr() for tensor in cache.keys]
+    bytes_before, buffers = cache.nbytes, [layer.keys.data.data_ptr() for layer in cache.layers]
     used = resident = 0
     for number in range(50):
         timings = Timings()
@@ -486,6 +486,6 @@ def test_fifty_turns_of_the_demo_prefill_only_what_is_new_and_take_no_memory() -
         used = session.context_used
         if number == 10:
             resident = resident_bytes()
-    assert (cache.nbytes, [tensor.data_ptr() for tensor in cache.keys]) == (bytes_before, buffers)
+    assert (cache.nbytes, [layer.keys.data.data_ptr() for layer in cache.layers]) == (bytes_before, buffers)
     pages = cache.nbytes  # of the cache itself, which are touched as the conversation grows
     assert resident_bytes() < resident + pages + (16 << 20)

@@ -326,8 +326,9 @@ void check_attention_case(int64_t heads, int64_t kv_heads, int64_t D, int64_t T,
     const Numbers key(kv_heads * capacity * D, dtype, fill), value(kv_heads * capacity * D, dtype, fill);
     const int64_t floats = g4_attention_floats(T, heads, kv_heads, D, S);
     Bytes work = allocate(4 * floats), out = allocate(T * heads * D * element);
-    g4_attention(query.memory.get(), heads * D, D, key.memory.get(), value.memory.get(), capacity * D, dtype, T, heads,
-                 kv_heads, D, S, reinterpret_cast<float*>(work.get()), out.get());
+    const G4Cache cache{{key.memory.get(), nullptr, 16, 0}, {value.memory.get(), nullptr, 16, 0}, capacity, dtype};
+    g4_attention(query.memory.get(), heads * D, D, dtype, &cache, T, heads, kv_heads, D, S,
+                 reinterpret_cast<float*>(work.get()), out.get());
     for (int64_t t = 0; t < T; t++)
         for (int64_t h = 0; h < heads; h++) {
             const int64_t seen = S - T + t + 1, kv = h / repeat * capacity * D;
@@ -452,8 +453,9 @@ void check_callers(Errors& errors) {
             const G4Output output{&weight.w, nullptr, y.data(), 200};
             g4_linear(x.memory.get(), 256, G4_FP32, M, &output, 1);
             std::vector<float> work(size_t(g4_attention_floats(1, heads, heads, D, S)));
-            g4_attention(x.memory.get(), heads * D, D, rows.memory.get(), rows.memory.get(), S * D, G4_FP32, 1, heads,
-                         heads, D, S, work.data(), out.data());
+            const G4CacheRows both{rows.memory.get(), nullptr, 16, 0};
+            const G4Cache cache{both, both, S, G4_FP32};
+            g4_attention(x.memory.get(), heads * D, D, G4_FP32, &cache, 1, heads, heads, D, S, work.data(), out.data());
             if (again == 0) {
                 first_y = y;
                 first_out = out;

@@ -54,6 +54,7 @@ def chat(
     penalty: options.Penalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    speculate: options.Speculate = None,
     force: Annotated[bool, typer.Option("--force", help="Chat with a base model all the same")] = False,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
@@ -95,7 +96,8 @@ def chat(
         yarn=yarn,
         needs_chat=not force,
     )
-    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
+    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
+    options.require_speculation(loaded, speculate)
     params = dataclasses.replace(loaded.default_params(), recover=True, **given)
     if force and loaded.dialect is None:
         loaded = _with_forced_dialect(loaded)

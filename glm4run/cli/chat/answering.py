@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
+from glm4run.cli import options
 from glm4run.cli.chat.state import Chat, warn
 from glm4run.cli.chat.tool_calls import CallHold, run_calls
 from glm4run.cli.chat.view import AnswerView, ThoughtView
@@ -147,7 +148,12 @@ def _status(chat: Chat, outcome: _Outcome) -> None:
     speed = timings.decode_tokens / timings.decode_s if timings.decode_s else 0.0
     ending = "" if outcome.reason == "stop" else f", ended by {outcome.reason}"
     used, limit = session.context_used, session.model.plan.context_len
-    note(f"{timings.decode_tokens} tokens, {speed:.1f} tok/s{_share(chat, speed)}, context {used}/{limit}{ending}")
+    drafts = options.describe_drafts(timings)
+    forwards = speed * (1.0 - timings.accepted_tokens / max(1, timings.decode_tokens))  # a second
+    note(
+        f"{timings.decode_tokens} tokens, {speed:.1f} tok/s{_share(chat, forwards)}{drafts}, "
+        f"context {used}/{limit}{ending}"
+    )
     if session.constraint is not None and not session.tools:
         problem = session.constraint.problem(session.conversation.path()[-1].message.content)
         if problem is not None:

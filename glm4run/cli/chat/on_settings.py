@@ -10,6 +10,7 @@ from glm4run.cli.chat.state import Chat
 from glm4run.cli.chat.view import inert
 from glm4run.cli.console import note, talk
 from glm4run.errors import UsageError
+from glm4run.speculative import parse_speculate
 
 OFF = "off"
 _OF_THE_SESSION = ("overflow", "format")
@@ -39,6 +40,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "stop": lambda text: () if text.lower() == OFF else (text.encode().decode("unicode_escape"),),
     "stop_on_repetition": _switch,
     "recover": _switch,
+    "speculate": parse_speculate,
 }
 
 

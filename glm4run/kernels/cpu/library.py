@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 1  # GLM4RUN_ABI in src/abi.h
+ABI = 3  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -55,6 +55,18 @@ class G4Output(Structure):
     _fields_ = (("weight", POINTER(G4Weight)), ("bias", c_void_p), ("y", c_void_p), ("stride", c_int64))
 
 
+class G4CacheRows(Structure):
+    """Keys or values of one layer and one sequence."""
+
+    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("bits", c_int32), ("group", c_int32))
+
+
+class G4Cache(Structure):
+    """What one layer keeps of one sequence."""
+
+    _fields_ = (("keys", G4CacheRows), ("values", G4CacheRows), ("capacity", c_int64), ("dtype", c_int32))
+
+
 class G4Layer(Structure):
     """One decoder layer whose linears are all prepacked."""
 
@@ -73,7 +85,7 @@ class G4Layer(Structure):
 
 
 class G4Stack(Structure):
-    """All layers of a model, and the shape of its cache."""
+    """All layers of a model."""
 
     _fields_ = (
         ("layers", POINTER(G4Layer)),
@@ -84,7 +96,6 @@ class G4Stack(Structure):
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
         ("rotary_half", c_int64),
-        ("capacity", c_int64),
         ("dtype", c_int32),
         ("eps", c_float),
     )
@@ -105,7 +116,10 @@ _SIGNATURES = {
     "g4_linear": (c_int32, (c_void_p, c_int64, c_int32, c_int64, POINTER(G4Output), c_int32)),
     "g4_stack": (
         c_int32,
-        (POINTER(G4Stack), c_void_p, c_int64, c_int64, c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+        (
+            *(POINTER(G4Stack), c_void_p, c_int64, c_int64, POINTER(c_int64)),
+            *(c_void_p, c_void_p, POINTER(POINTER(G4Cache))),
+        ),
     ),
     "g4_round_pack": (
         c_int32,
@@ -118,7 +132,7 @@ _SIGNATURES = {
     "g4_attention": (
         None,
         (
-            *(c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int32),
+            *(c_void_p, c_int64, c_int64, c_int32, POINTER(G4Cache)),
             *(c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
         ),
     ),

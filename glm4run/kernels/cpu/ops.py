@@ -5,11 +5,14 @@ Callers have checked with `runs` that the tensors are on the CPU, contiguous and
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from glm4run.kernels.cpu.backend import DTYPE_CODES
-from glm4run.kernels.cpu.library import native
+from glm4run.kernels.cpu.library import G4Cache, G4CacheRows, native
+from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
 FEW_TOKENS = 8  # of src/layer_ops.cpp
@@ -59,11 +62,29 @@ def rope_(x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal grouped-query attention: query [H, T, D], key and value [KVH, S, D] (rows contiguous) to [T, H * D]."""
+def cache_struct(layer: KVLayer) -> G4Cache:
+    """A layer's cache as the library takes it. The tensors must outlive it."""
+    data = layer.keys.data
+    return G4Cache(
+        keys=_rows_struct(layer.keys),
+        values=_rows_struct(layer.values),
+        capacity=data.stride(0) // data.stride(1),
+        dtype=DTYPE_CODES[data.dtype],
+    )
+
+
+def _rows_struct(rows: KVRows) -> G4CacheRows:
+    return G4CacheRows(data=rows.data.data_ptr(), scales=None, bits=16, group=0)
+
+
+def attention(query: Tensor, cache: KVLayer, positions: int) -> Tensor:
+    """Causal grouped-query attention of the last T of `positions`: query [H, T, D] to [T, H * D] in its dtype.
+
+    Rows of floats are of that dtype too.
+    """
     library = native()
     heads, tokens, head_dim = query.shape
-    kv_heads, positions = key.shape[0], key.shape[1]
+    kv_heads = cache.keys.data.shape[0]
     floats = library.g4_attention_floats(tokens, heads, kv_heads, head_dim, positions)
     work = torch.empty(floats, dtype=torch.float32)
     out = torch.empty(tokens, heads * head_dim, dtype=query.dtype)
@@ -71,10 +92,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query.data_ptr(),
         query.stride(1),
         query.stride(0),
-        key.data_ptr(),
-        value.data_ptr(),
-        key.stride(0),
         DTYPE_CODES[query.dtype],
+        ctypes.byref(cache_struct(cache)),
         tokens,
         heads,
         kv_heads,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_void_p
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from glm4run.config import ModelConfig
 from glm4run.errors import GenerationError
 from glm4run.kernels.cpu.backend import DTYPE_CODES, NativeWeight
-from glm4run.kernels.cpu.library import G4Layer, G4Output, G4Stack, native
-from glm4run.kernels.cpu.ops import MAX_ROTARY_DIM
+from glm4run.kernels.cpu.library import G4Cache, G4Layer, G4Output, G4Stack, native
+from glm4run.kernels.cpu.ops import MAX_ROTARY_DIM, cache_struct
+from glm4run.kv_rows import KVLayer
 
 MAX_TOKENS = 8  # more are a prefill, whose attention torch does better
 
@@ -61,23 +61,30 @@ class NativeStack:
             eps=config.rms_norm_eps,
         )
 
-    def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], position: int
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVLayer], position: int) -> Tensor:
+        """x [T, hidden] through all layers; writes the new keys and values of each into its cache at `position`."""
+        return self.run_sequences(x, cos, sin, [caches], [position])
+
+    def run_sequences(
+        self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[Sequence[KVLayer]], positions: Sequence[int]
     ) -> Tensor:
-        """x [T, hidden] through all layers; writes the new keys and values [KVH, capacity, D] behind `position`."""
-        assert x.dtype == self.dtype and keys[0].dtype == self.dtype and keys[0].is_contiguous()
+        """The same for sequences that share every product: x [S * T, hidden], T new tokens of each in turn.
+
+        cos, sin: of every row. caches: of each sequence. What a row becomes does not depend on the others, to the bit.
+        """
+        assert x.dtype == self.dtype
         x = x.clone(memory_format=torch.contiguous_format)
-        self._stack.capacity = keys[0].shape[1]
-        count = len(keys)
+        count = len(positions)
+        structs = [(G4Cache * len(layers))(*map(cache_struct, layers)) for layers in caches]
         failed = native().g4_stack(
             ctypes.byref(self._stack),
             x.data_ptr(),
-            x.shape[0],
-            position,
+            count,
+            x.shape[0] // count,
+            (ctypes.c_int64 * count)(*positions),
             cos.data_ptr(),
             sin.data_ptr(),
-            (c_void_p * count)(*[key.data_ptr() for key in keys]),
-            (c_void_p * count)(*[value.data_ptr() for value in values]),
+            (ctypes.POINTER(G4Cache) * count)(*structs),
         )
         if failed:
             raise GenerationError("out of memory for the activations", hint="use a smaller --ctx")

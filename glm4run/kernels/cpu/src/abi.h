@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 1
+#define GLM4RUN_ABI 3
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
@@ -44,6 +44,21 @@ struct G4Output {
     int64_t stride;
 };
 
+// Keys or values of one layer and one sequence: `capacity` rows of each KV head, one head behind the other. kv_rows.py
+// says what a row is.
+struct G4CacheRows {
+    uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits int8 [KVH, capacity, D]; of 4 bits bytes [KVH, capacity, D/2]
+    uint8_t* scales; // of quantized rows; null: floats
+    int32_t bits;    // 16 (floats of the cache's dtype, whatever their width), 8 or 4
+    int32_t group;   // values of a row that share a scale
+};
+
+struct G4Cache {
+    G4CacheRows keys, values;
+    int64_t capacity;
+    int32_t dtype; // G4Dtype of rows that are floats
+};
+
 // One decoder layer whose linears are all prepacked. Norm weights are floats [hidden]; the last two are null where a
 // branch joins the residual without another norm. The `y` and `stride` of the outputs are not read.
 struct G4Layer {
@@ -58,7 +73,6 @@ struct G4Stack {
     const G4Layer* layers;
     int64_t count;
     int64_t hidden, intermediate, heads, kv_heads, head_dim, rotary_half;
-    int64_t capacity; // positions of the cache: keys and values [KVH, capacity, D] of each layer
-    int32_t dtype;    // of the residual, the biases and the cache
+    int32_t dtype; // of the residual, the biases, and a cache of floats
     float eps;
 };

@@ -76,18 +76,34 @@ constexpr int64_t MAX_STRETCHES = 64;
 constexpr int64_t FEW_TOKENS = 8;      // up to so many, stretches of the context are what can be shared out
 constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 
+int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
+
+// How the positions that one token sees are cut. By nothing else, so that a token's result is the same bits for any
+// number of threads and of tokens beside it.
+struct Cut {
+    int64_t stretch, count;
+
+    explicit Cut(int64_t seen) {
+        const int64_t most = pieces_of(seen, MIN_STRETCH), wanted = most < MAX_STRETCHES ? most : MAX_STRETCHES;
+        stretch = round_up(pieces_of(seen, wanted), 32);
+        count = pieces_of(seen, stretch);
+    }
+};
+
 struct AttentionContext {
     const Kernels* kernels;
-    const char *query, *key, *value;
+    const char* query;
+    G4Cache cache;
     char* out;
     float* partial; // per token, KV head, group of lanes and stretch: out [D][16], maxima [16], sums [16]
     int64_t tokens, heads, kv_heads, head_dim, positions;
-    int64_t query_token, query_head, kv_head; // strides in elements
-    int64_t lane_groups, stretches, stretch;
+    int64_t query_token, query_head; // strides in elements
+    int64_t lane_groups, stretches;  // the most that a token has
     int32_t dtype;
     float scale;
 
     int64_t repeat() const { return heads / kv_heads; }
+    int64_t seen(int64_t token) const { return positions - tokens + 1 + token; }
     int64_t partial_floats() const { return (head_dim + 2) * ATTENTION_LANES; }
 };
 
@@ -106,11 +122,11 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     rows.query = c.query + (part.kv_head * c.repeat() + first_head) * c.query_head * element;
     rows.query_token = c.query_token;
     rows.query_head = c.query_head;
-    rows.key = c.key + part.kv_head * c.kv_head * element;
-    rows.value = c.value + part.kv_head * c.kv_head * element;
+    rows.key = c.cache.keys.data + part.kv_head * c.cache.capacity * c.head_dim * element;
+    rows.value = c.cache.values.data + part.kv_head * c.cache.capacity * c.head_dim * element;
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
     rows.head_dim = c.head_dim;
-    rows.seen = c.positions - c.tokens + 1;
+    rows.seen = c.seen(0);
     rows.dtype = c.dtype;
     rows.scale = c.scale;
     return rows;
@@ -119,8 +135,11 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
 void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index / c.stretches);
-    const int64_t seen = c.positions - c.tokens + part.token + 1, first = index % c.stretches * c.stretch;
-    const int64_t last = first + c.stretch < seen ? first + c.stretch : seen;
+    const int64_t seen = c.seen(part.token);
+    const Cut cut(seen);
+    const int64_t first = index % c.stretches * cut.stretch;
+    const int64_t last = first + cut.stretch < seen ? first + cut.stretch : seen;
+    if (first >= last) return; // another token has more stretches
     float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim, 1) * 4)));
     c.kernels->attend(rows_of(c, part), part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
@@ -155,13 +174,14 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionPart part = part_of(c, index);
     const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
     const float* parts = c.partial + index * c.stretches * c.partial_floats();
+    const int64_t stretches = Cut(c.seen(part.token)).count;
     float* row = static_cast<float*>(ticket.scratch(size_t(D * 4)));
     for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
         float highest = -3.0e38f, total = 0.0f;
-        for (int64_t s = 0; s < c.stretches; s++)
+        for (int64_t s = 0; s < stretches; s++)
             highest = fmaxf(highest, parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
         memset(row, 0, size_t(D * 4));
-        for (int64_t s = 0; s < c.stretches; s++) {
+        for (int64_t s = 0; s < stretches; s++) {
             const float* one = parts + s * c.partial_floats();
             const float* maxima = one + D * ATTENTION_LANES;
             const float weight = expf(maxima[lane] - highest);
@@ -175,7 +195,6 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
 }
 
 int64_t rows_per_piece(int64_t size) { return size >= ROW_PIECE_ELEMENTS ? 1 : ROW_PIECE_ELEMENTS / size; }
-int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
 
 AttentionContext attention_context(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t positions) {
@@ -187,10 +206,10 @@ AttentionContext attention_context(int64_t tokens, int64_t heads, int64_t kv_hea
     c.head_dim = head_dim;
     c.positions = positions;
     c.lane_groups = (heads / kv_heads + ATTENTION_LANES - 1) / ATTENTION_LANES;
-    // The same cut for any number of threads, so that the sums are the same bits.
-    const int64_t most = pieces_of(positions, MIN_STRETCH), stretches = most < MAX_STRETCHES ? most : MAX_STRETCHES;
-    c.stretch = round_up(pieces_of(positions, stretches), 32);
-    c.stretches = pieces_of(positions, c.stretch);
+    for (int64_t t = 0; t < tokens && tokens <= FEW_TOKENS; t++) {
+        const int64_t mine = Cut(c.seen(t)).count;
+        c.stretches = mine > c.stretches ? mine : c.stretches;
+    }
     return c;
 }
 
@@ -227,20 +246,18 @@ G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_hea
     return tokens * kv_heads * c.lane_groups * c.stretches * c.partial_floats();
 }
 
-// Causal attention of the last `tokens` of `positions`. query: strides given; key, value: rows contiguous, KV heads
-// `kv_head` elements apart; out [tokens, heads * head_dim].
-G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, const void* key, const void* value,
-                         int64_t kv_head, int32_t dtype, int64_t tokens, int64_t heads, int64_t kv_heads,
-                         int64_t head_dim, int64_t positions, float* work, void* out) {
+// Causal attention of the last `tokens` of `positions` that the cache holds. query: in `dtype`, strides given in
+// elements; out [tokens, heads * head_dim] in `dtype`.
+G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,
+                         const G4Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                         int64_t positions, float* work, void* out) {
     AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
     c.query = static_cast<const char*>(query);
-    c.key = static_cast<const char*>(key);
-    c.value = static_cast<const char*>(value);
+    c.cache = *cache;
     c.out = static_cast<char*>(out);
     c.partial = work;
     c.query_token = query_token;
     c.query_head = query_head;
-    c.kv_head = kv_head;
     c.dtype = dtype;
     c.scale = 1.0f / sqrtf(float(head_dim));
     if (tokens > FEW_TOKENS) {

@@ -11,6 +11,6 @@ G4_API void g4_rope(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64
                     const float* sine, int64_t half);
 G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t positions);
-G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, const void* key, const void* value,
-                         int64_t kv_head, int32_t dtype, int64_t tokens, int64_t heads, int64_t kv_heads,
-                         int64_t head_dim, int64_t positions, float* work, void* out);
+G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,
+                         const G4Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                         int64_t positions, float* work, void* out);

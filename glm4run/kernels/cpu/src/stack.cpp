@@ -31,8 +31,9 @@ StackMemory& stack_memory() {
     return *one;
 }
 
-// Cuts one piece of memory into the buffers; with `base` null it only adds up.
-int64_t lay_out(const G4Stack& s, int64_t tokens, int64_t positions, char* base, Buffers& b) {
+// Cuts one piece of memory into the buffers; with `base` null it only adds up. `tokens` of all sequences, `attending` of
+// one.
+int64_t lay_out(const G4Stack& s, int64_t tokens, int64_t attending, int64_t positions, char* base, Buffers& b) {
     const int64_t element = dtype_bytes(s.dtype);
     int64_t at = 0;
     const auto take = [&](int64_t bytes) {
@@ -49,7 +50,7 @@ int64_t lay_out(const G4Stack& s, int64_t tokens, int64_t positions, char* base,
     b.gate_up = take(tokens * 2 * s.intermediate * element);
     b.activated = take(tokens * s.intermediate * element);
     b.work = reinterpret_cast<float*>(
-        take(4 * g4_attention_floats(tokens, s.heads, s.kv_heads, s.head_dim, positions)));
+        take(4 * g4_attention_floats(attending, s.heads, s.kv_heads, s.head_dim, positions)));
     return at;
 }
 
@@ -67,12 +68,13 @@ void add(const Kernels& kernels, const G4Stack& s, int64_t tokens, char* x, cons
     }
 }
 
-// New rows [tokens, KVH, D] behind `position` in a layer's cache [KVH, capacity, D].
-void append(const G4Stack& s, int64_t tokens, int64_t position, const char* rows, char* cache) {
+// New rows [tokens, KVH, D] behind `position` in a layer's cache.
+void append(const G4Stack& s, int64_t tokens, int64_t position, const char* rows, const G4CacheRows& cache,
+            int64_t capacity) {
     const size_t row = size_t(s.head_dim * dtype_bytes(s.dtype));
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t h = 0; h < s.kv_heads; h++)
-            memcpy(cache + size_t(h * s.capacity + position + t) * row, rows + size_t(t * s.kv_heads + h) * row, row);
+            memcpy(cache.data + size_t(h * capacity + position + t) * row, rows + size_t(t * s.kv_heads + h) * row, row);
 }
 
 G4Output into(const G4Output& linear, void* y, int64_t width) { return {linear.weight, linear.bias, y, width}; }
@@ -80,12 +82,30 @@ G4Output into(const G4Output& linear, void* y, int64_t width) { return {linear.w
 struct Call {
     const G4Stack& s;
     const Buffers& b;
-    int64_t tokens, position;
+    int64_t tokens; // of all sequences
+    int64_t sequences;
+    const int64_t* positions;
     const float *cosine, *sine;
     char* x;
 };
 
-bool attention_branch(const Call& c, const G4Layer& layer, char* keys, char* values) {
+// Each sequence's tokens over its own cache.
+void attend(const Call& c, int64_t layer, const G4Cache* const* caches) {
+    const G4Stack& s = c.s;
+    const int64_t query_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
+    const int64_t each = c.tokens / c.sequences, element = dtype_bytes(s.dtype);
+    for (int64_t i = 0; i < c.sequences; i++) {
+        const G4Cache& cache = caches[i][layer];
+        const int64_t query = i * each * query_width * element, kv = i * each * kv_width * element;
+        append(s, each, c.positions[i], c.b.key + kv, cache.keys, cache.capacity);
+        append(s, each, c.positions[i], c.b.value + kv, cache.values, cache.capacity);
+        g4_attention(c.b.query + query, query_width, s.head_dim, s.dtype, &cache, each, s.heads, s.kv_heads, s.head_dim,
+                     c.positions[i] + each, c.b.work, c.b.attention + query);
+    }
+}
+
+bool attention_branch(const Call& c, int64_t index, const G4Cache* const* caches) {
+    const G4Layer& layer = c.s.layers[index];
     const G4Stack& s = c.s;
     const int64_t query_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim;
     g4_rms_norm(c.x, s.dtype, c.tokens, s.hidden, layer.input_norm, s.eps, c.b.normed);
@@ -97,10 +117,7 @@ bool attention_branch(const Call& c, const G4Layer& layer, char* keys, char* val
     }
     g4_rope(c.b.query, s.dtype, c.tokens, s.heads, s.head_dim, c.cosine, c.sine, s.rotary_half);
     g4_rope(c.b.key, s.dtype, c.tokens, s.kv_heads, s.head_dim, c.cosine, c.sine, s.rotary_half);
-    append(s, c.tokens, c.position, c.b.key, keys);
-    append(s, c.tokens, c.position, c.b.value, values);
-    g4_attention(c.b.query, query_width, s.head_dim, keys, values, s.capacity * s.head_dim, s.dtype, c.tokens, s.heads,
-                 s.kv_heads, s.head_dim, c.position + c.tokens, c.b.work, c.b.attention);
+    attend(c, index, caches);
     const G4Output out = into(layer.output, c.b.branch, s.hidden);
     if (g4_linear(c.b.attention, query_width, s.dtype, c.tokens, &out, 1) != 0) return false;
     if (layer.branch_attention_norm != nullptr)
@@ -125,15 +142,18 @@ bool mlp_branch(const Call& c, const G4Layer& layer) {
 
 } // namespace
 
-// Runs x [tokens, hidden] through all layers in place and appends to the caches. cosine, sine [tokens, rotary_half];
-// keys, values: one pointer a layer. Returns 0, or 1 where memory is short: x is then of no use, the cache's position
-// has not moved.
-G4_API int32_t g4_stack(const G4Stack* stack, void* x, int64_t tokens, int64_t position, const float* cosine,
-                        const float* sine, void* const* keys, void* const* values) {
+// Runs x [sequences * tokens, hidden], the new tokens of each sequence one behind the other, through all layers in place
+// and appends to the caches. cosine, sine [sequences * tokens, rotary_half]; positions: of each sequence; caches: of
+// each sequence, one a layer. Returns 0, or 1 where memory is short: x is then of no use, no position has moved.
+G4_API int32_t g4_stack(const G4Stack* stack, void* x, int64_t sequences, int64_t tokens, const int64_t* positions,
+                        const float* cosine, const float* sine, const G4Cache* const* caches) {
     StackMemory& memory = stack_memory();
     std::lock_guard<std::mutex> lock(memory.mutex);
+    const int64_t rows = sequences * tokens;
+    int64_t longest = 0;
+    for (int64_t i = 0; i < sequences; i++) longest = positions[i] > longest ? positions[i] : longest;
     Buffers b{};
-    const int64_t needed = lay_out(*stack, tokens, position + tokens, nullptr, b);
+    const int64_t needed = lay_out(*stack, rows, tokens, longest + tokens, nullptr, b);
     if (size_t(needed) > memory.bytes) {
         pages_free(memory.memory, memory.bytes);
         memory.bytes = size_t(round_up(needed, 65536));
@@ -143,12 +163,9 @@ G4_API int32_t g4_stack(const G4Stack* stack, void* x, int64_t tokens, int64_t p
             return 1;
         }
     }
-    lay_out(*stack, tokens, position + tokens, static_cast<char*>(memory.memory), b);
-    const Call call{*stack, b, tokens, position, cosine, sine, static_cast<char*>(x)};
-    for (int64_t i = 0; i < stack->count; i++) {
-        const G4Layer& layer = stack->layers[i];
-        if (!attention_branch(call, layer, static_cast<char*>(keys[i]), static_cast<char*>(values[i]))) return 1;
-        if (!mlp_branch(call, layer)) return 1;
-    }
+    lay_out(*stack, rows, tokens, longest + tokens, static_cast<char*>(memory.memory), b);
+    const Call call{*stack, b, rows, sequences, positions, cosine, sine, static_cast<char*>(x)};
+    for (int64_t i = 0; i < stack->count; i++)
+        if (!attention_branch(call, i, caches) || !mlp_branch(call, stack->layers[i])) return 1;
     return 0;
 }
