@@ -10,8 +10,9 @@ from glm4run.chat_format import Message, ToolCall
 from glm4run.constraints import Constraint
 from glm4run.errors import GenerationError, Glm4RunError
 from glm4run.generate import LoadedModel, is_conversation
-from glm4run.sampling import SamplingParams
+from glm4run.sampling import SamplingParams, TokenLogprobs
 from glm4run.steps import GenerationStep, Timings
+from glm4run.tokenizer import Tokenizer
 
 
 @dataclass
@@ -33,17 +34,22 @@ class Answer:
     recovered: str = ""  # why tokens were taken back and written anew
     constraint: Constraint | None = None
     problem: str | None = None  # what the answer has against the constraint
+    tokenizer: Tokenizer | None = None  # where log probabilities are wanted, which it names
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, step: GenerationStep) -> None:
         """One more step of its stream."""
         if step.rollback is not None:
             del self.token_ids[len(self.token_ids) - step.rollback.tokens :]
+            del self.logprobs[len(self.token_ids) :]
             self.text, self.thought = step.rollback.text, step.rollback.thought
             self.recovered = step.rollback.why
         self.text += step.text
         self.thought += step.thought
         if step.token_id is not None:
             self.token_ids.append(step.token_id)
+        if step.logprobs is not None:
+            self.logprobs.append(step.logprobs)
         if step.finish_reason is not None:
             self.finish_reason, self.stopped_by = step.finish_reason, step.stopped_by
             self.tool_calls = step.tool_calls
@@ -70,12 +76,30 @@ class Answer:
             "speculation": {"drafted": self.timings.drafted_tokens, "accepted": self.timings.accepted_tokens},
             "model": self.model,
             "backend": self.backend,
+            **({} if self.tokenizer is None else {"logprobs": self._named_logprobs(self.tokenizer)}),
             **({} if self.constraint is None else {"valid": self.problem is None}),
             **({} if self.problem is None else {"problem": self.problem}),
             **({"thought": self.thought} if self.thought else {}),
             **({"recovered": self.recovered} if self.recovered else {}),
             **({"error": self.error.message} if self.error is not None else {}),
         }
+
+    def _named_logprobs(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        def named(token: int, logprob: float) -> dict[str, Any]:
+            return {"id": token, "token": tokenizer.piece(token), "logprob": round(logprob, 5)}
+
+        return [
+            {**named(item.token_id, item.logprob), "top": [named(*likely) for likely in item.likeliest]}
+            for item in self.logprobs
+        ]
+
+
+def empty_answer(
+    model: LoadedModel, prompt_tokens: int, params: SamplingParams, constraint: Constraint | None = None
+) -> Answer:
+    """An answer of which nothing has come."""
+    tokenizer = None if params.logprobs is None else model.tokenizer
+    return Answer(model.name, model.backend, model.load_s, prompt_tokens, constraint=constraint, tokenizer=tokenizer)
 
 
 def collect(
@@ -93,7 +117,7 @@ def collect(
     Ctrl-C ends it with `interrupted`, output that is not finite with `error`; what was generated until then is kept.
     """
     ids = model.encode_prompt(prompt)
-    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids), constraint=constraint)
+    answer = empty_answer(model, len(ids), params, constraint)
     chat = is_conversation(prompt) if chat is None else chat
     steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint)
     try:

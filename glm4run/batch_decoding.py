@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from glm4run.answer import Answer
+from glm4run.answer import Answer, empty_answer
 from glm4run.constraints import Constraint
 from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.generate import LoadedModel, OpenAnswer
@@ -139,7 +139,7 @@ def _open(model: LoadedModel, number: int, job: Job, context: Context) -> _Lane:
     would be cut into other chunks than alone, whose attention rounds differently."""
     context.cache.truncate(0)
     context.ids.clear()
-    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(job.ids), constraint=job.constraint)
+    answer = empty_answer(model, len(job.ids), job.params, job.constraint)
     opened = model.open_answer(
         job.ids, job.params, chat=job.chat, context=context, timings=answer.timings, constraint=job.constraint
     )

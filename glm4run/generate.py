@@ -26,11 +26,11 @@ from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
-from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
+from glm4run.memory import GIB, MemoryPlan, Run, grammar_term, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
-from glm4run.sampling import Sampler, SamplingParams
+from glm4run.sampling import Sampler, SamplingParams, token_logprobs
 from glm4run.speculative import MOST_DRAFTED, Speculation, StepCosts
 from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
 from glm4run.stopping import find_loop
@@ -98,6 +98,14 @@ class LoadedModel:
     def step_costs(self) -> StepCosts:
         """What forwards of a few tokens take on this machine, learned as they run."""
         return StepCosts()
+
+    @property
+    def run_now(self) -> Run:
+        """What the plan is of, with what has been made since the model was loaded (on the CPU, whatever the device)."""
+        if "grammar_vocabulary" not in vars(self) or self.device.type != "cpu":
+            return self.memory_run
+        before, term = self.memory_run.extra_terms, grammar_term(self.tokenizer.vocab_size)
+        return dataclasses.replace(self.memory_run, extra_terms=lambda context_len: (*before(context_len), term))
 
     @cached_property
     def grammar_vocabulary(self) -> GrammarVocabulary:
@@ -375,6 +383,9 @@ class _Generation:
                 return
             generated.append(token)
             step = text.push(token)
+            if self.params.logprobs is not None:
+                found = token_logprobs(logits, allowed, token, self.params.logprobs)
+                step = dataclasses.replace(step, logprobs=found)
             yield step
             if step.stopped_by is not None:
                 yield GenerationStep("", finish_reason="stop", stopped_by=step.stopped_by)

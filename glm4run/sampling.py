@@ -16,6 +16,17 @@ from torch import Tensor
 from glm4run.errors import GenerationError, UsageError
 from glm4run.speculative import MOST_DRAFTED, Speculate
 
+MOST_LOGPROBS = 20  # alternatives a token
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model held a token, and what it held likeliest: before temperature, penalties and filters."""
+
+    token_id: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]  # id and log probability, the likeliest first
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -31,6 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_on_repetition: bool = True  # end with `repetition` when the tail is one n-gram over and over
     speculate: Speculate = "auto"  # drafts verified several at once; the text is the same, see `speculative`
+    logprobs: int | None = None  # with each token its log probability, and those of so many of the likeliest
     recover: bool = False  # first take such a tail back, once, and write on from before it (`GenerationStep.rollback`)
 
     def __post_init__(self) -> None:
@@ -41,6 +53,7 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p < 1,
             "repetition_penalty": self.repetition_penalty > 0,
+            "logprobs": self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
             "stop": all(self.stop),
             "speculate": self.speculate in ("auto", "off", *range(1, MOST_DRAFTED + 1)),
         }
@@ -51,6 +64,7 @@ class SamplingParams:
             "top_k": "0 (off) or more",
             "min_p": "0 (off) or more, below 1",
             "repetition_penalty": "above 0 (1 is off)",
+            "logprobs": f"0 to {MOST_LOGPROBS}",
             "stop": "texts that are not empty",
             "speculate": f"auto, off, or drafts of 1 to {MOST_DRAFTED} tokens",
         }
@@ -70,6 +84,13 @@ class SamplingParams:
             "repetition_penalty",
         }
         return replace(self, **{key: generation[key] for key in known if isinstance(generation.get(key), int | float)})
+
+
+def token_logprobs(logits: Tensor, allowed: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Natural logarithms of the softmax of logits [V] over the ids that may come (`allowed`, bool [V])."""
+    logprobs = logits.float().masked_fill(~allowed.to(logits.device), float("-inf")).log_softmax(dim=-1)
+    values, ids = torch.topk(logprobs, min(count, int(allowed.sum())))
+    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 class Sampler:

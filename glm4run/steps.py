@@ -8,6 +8,7 @@ from typing import Literal
 
 from glm4run.chat_format import AnswerCleaner
 from glm4run.kv_cache import KVCache
+from glm4run.sampling import TokenLogprobs
 from glm4run.stopping import StopStrings
 from glm4run.tokenizer import Tokenizer
 from glm4run.tool_calls import ToolCall, parse_tool_calls
@@ -35,6 +36,7 @@ class GenerationStep:
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None  # the stop token or stop string
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: TokenLogprobs | None = None  # of the token; only where `SamplingParams.logprobs` is set
     rollback: Rollback | None = None  # comes before what `text` adds; only where `SamplingParams.recover` is set
 
 

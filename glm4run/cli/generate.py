@@ -40,6 +40,7 @@ def generate(
     speculate: options.Speculate = None,
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
+    logprobs: options.Logprobs = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help="JSON lines with `prompt` or `messages`, one request a line")
     ] = None,
@@ -66,6 +67,8 @@ def generate(
         raise UsageError("--input and --output go together", hint="glm4run generate --input FILE --output FILE")
     if input_file is not None and prompt is not None:
         raise UsageError("a PROMPT and --input were given", hint="use one of the two")
+    if logprobs is not None and not as_json and input_file is None:
+        raise UsageError("--logprobs are part of the JSON", hint="add --json, or use --input and --output")
     constraint = options.given_constraint(json_schema, regex)
     sequences = _parse_batch(batch)
     if sequences is not None and input_file is None:
@@ -86,7 +89,7 @@ def generate(
     )
     given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
     options.require_speculation(loaded, speculate)
-    params = dataclasses.replace(loaded.default_params(), **given)
+    params = dataclasses.replace(loaded.default_params(), logprobs=logprobs, **given)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
         params = dataclasses.replace(params, recover=True)
     if input_file is not None and output_file is not None:

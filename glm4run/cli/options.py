@@ -65,6 +65,9 @@ Speculate = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
 
+Logprobs = Annotated[
+    int | None, typer.Option(help="With each token its log probability and those of so many of the likeliest, up to 20")
+]
 JsonSchema = Annotated[
     str | None, typer.Option("--json-schema", help="Answer with JSON that fits this schema: a file, or JSON itself")
 ]
@@ -160,7 +163,7 @@ def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
     """`--check-plan`: the plan, the measured peak, and the error between them."""
     from glm4run.plan_check import check_plan
 
-    note(check_plan(loaded.memory_run, loaded.plan, loaded.device, tokens_held).describe())
+    note(check_plan(loaded.run_now, loaded.plan, loaded.device, tokens_held).describe())
 
 
 def given_constraint(json_schema: str | None, regex: str | None) -> Constraint | None:

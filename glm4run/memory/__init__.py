@@ -5,7 +5,7 @@
 
 from glm4run.memory.available import available_ram_bytes, peak_resident_bytes, resident_bytes, total_ram_bytes
 from glm4run.memory.calibration import Calibration, calibrated_cpu, read_calibration
-from glm4run.memory.overhead import Overhead, device_overhead, process_overhead, tokenizer_bytes
+from glm4run.memory.overhead import Overhead, device_overhead, grammar_term, process_overhead, tokenizer_bytes
 from glm4run.memory.plan import (
     HEADROOM_BYTES,
     RUNTIME_KV_BITS,
@@ -58,6 +58,7 @@ __all__ = [
     "read_calibration",
     "resident_bytes",
     "stored_tensors",
+    "grammar_term",
     "tokenizer_bytes",
     "tokens_text",
     "total_ram_bytes",
