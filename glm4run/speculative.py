@@ -43,8 +43,10 @@ _ALLOWANCE, _ALLOWED_SHARE = 0.6, 0.015
 
 def parse_speculate(text: str) -> Speculate:
     """The value of `--speculate`. Raises UsageError for what is none."""
-    if text == "auto" or text == "off":
-        return text
+    if text == "auto":
+        return "auto"
+    if text == "off":
+        return "off"
     if text.isdecimal() and 1 <= int(text) <= MOST_DRAFTED:
         return int(text)
     raise UsageError(

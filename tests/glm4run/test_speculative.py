@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections import Counter
@@ -121,7 +122,7 @@ def test_copied_text_takes_less_than_half() -> None:
     source = random.Random(1)
     words = [source.randrange(1000) for _ in range(150)]
     for mode in ("auto", MOST_DRAFTED):
-        spent, accepted = simulate(words * 4, CHEAP, cast(Speculate, mode))
+        spent, accepted = simulate(words * 4, CHEAP, mode)
         assert spent < 150 + 450 / 2.5
         assert accepted > 350
 
@@ -203,7 +204,7 @@ def test_every_step_is_the_same_with_drafts(demo: LoadedModel, case: str) -> Non
     expected, timings, context = steps_of(demo, params, "off")
     assert timings.drafted_tokens == 0
     for mode in ("auto", 1, 3, MOST_DRAFTED):
-        steps, drafted, ours = steps_of(demo, params, cast(Speculate, mode))
+        steps, drafted, ours = steps_of(demo, params, mode)
         assert steps == expected, mode
         assert ours.ids == context.ids
         assert drafted.accepted_tokens <= drafted.drafted_tokens
@@ -294,7 +295,7 @@ def test_sampled_tokens_keep_their_distribution(tmp_path: Path) -> None:
         sigma = math.sqrt(probability * (1 - probability) / len(ids))
         assert abs(counts[token] / len(ids) - probability) < 4 * sigma, chr(token)
     # Pairs too: that one was drafted behind the other must not show.
-    pairs = Counter(zip(ids, ids[1:], strict=False))
+    pairs = Counter(itertools.pairwise(ids))
     for first, before in likely.items():
         for second, after in likely.items():
             sigma = math.sqrt(before * after / len(ids))

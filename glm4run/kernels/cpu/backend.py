@@ -1,6 +1,6 @@
 """Products with packed weights in the native library.
 
-A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread. Up to 8
+A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread. Up to 16
 tokens run a kernel that is bound by that stream, more tokens a blocked product on the integer units.
 
 Activations are quantized on the fly to int8 or int16 per token and group of 64 (or 32), or kept as floats. int4 weights

@@ -27,7 +27,7 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 
 GENERATE_KEYS = [
     *("text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "stopped_by", "tool_calls"),
-    *("timings", "model", "backend"),
+    *("timings", "speculation", "model", "backend"),
 ]
 TIMING_KEYS = ["load_s", "prefill_s", "prefill_tok_per_s", "decode_s", "decode_tok_per_s"]
 

@@ -32,8 +32,8 @@ from tests.packed_cases import Case, case_of, inputs_with_outliers, make_case
 
 pytestmark = needs_library
 
-# Around the numbers of tokens where the kernels change: decoding ends at 8, tiles have 2, 4, 8 or 12, a block 128.
-BATCHES = (1, 2, 3, 5, 7, 8, 9, 16, 33, 130)
+# Around the numbers of tokens where the kernels change: decoding ends at 16, tiles have 2, 4, 8 or 12, a block 128.
+BATCHES = (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 130)
 GROUPED_SHAPES = ((1, 128), (33, 256), (5, 13696))
 WHOLE_ROW_SHAPES = ((1, 7), (17, 100), (33, 256), (2, 1000), (5, 13696))  # one scale a row: K need not be a multiple
 QUANTIZED: dict[Activations, float] = {"int8": 127.0, "int16": 32767.0}  # the largest integer

@@ -45,7 +45,7 @@ struct AttentionRows {
 };
 
 constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and their sums fit the first-level cache
-constexpr int64_t MAX_DECODE_TOKENS = 8;
+constexpr int64_t MAX_DECODE_TOKENS = 16;
 constexpr int64_t ATTENTION_LANES = 16; // query heads computed together
 
 // Part of a product with one panel: tokens, and groups of activations.

@@ -316,7 +316,7 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
                        tokens, first.columns, group, first.activations, sum_factor(*c.kernels, first)};
         prepare.quantized = c.quantized;
     }
-    prepare.piece_rows = tokens > 16 ? 8 : tokens;
+    prepare.piece_rows = tokens > 16 ? 8 : tokens > 2 ? (tokens + pool_threads() - 1) / pool_threads() : tokens;
     const int64_t prepare_pieces = (tokens + prepare.piece_rows - 1) / prepare.piece_rows;
     pool_run({prepare_piece, prepare_pieces, false}, &prepare, sizeof prepare);
     c.piece_panels = GEMM_PIECE_PANELS;
