@@ -28,7 +28,10 @@ from glm4run.steps import Timings
 def jobs_of(model: LoadedModel, count: int, tokens: int) -> list[Job]:
     usable = model.ordinary_tokens.nonzero().flatten().tolist()
     params = SamplingParams(max_new_tokens=tokens, stop_on_repetition=False, speculate="off")
-    return [Job([usable[(n * 977 + i * 31) % len(usable)] for i in range(9 + 5 * (n % 4))], params, False) for n in range(count)]
+    return [
+        Job([usable[(n * 977 + i * 31) % len(usable)] for i in range(9 + 5 * (n % 4))], params, False)
+        for n in range(count)
+    ]
 
 
 def decode(model: LoadedModel, jobs: list[Job]) -> tuple[float, list[list[int]]]:

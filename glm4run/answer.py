@@ -12,7 +12,6 @@ from glm4run.errors import GenerationError, Glm4RunError
 from glm4run.generate import LoadedModel, is_conversation
 from glm4run.sampling import SamplingParams, TokenLogprobs
 from glm4run.steps import GenerationStep, Timings
-from glm4run.tokenizer import Tokenizer
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Answer:
     text: str = ""
     thought: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each token, where they were asked for
     finish_reason: str = "interrupted"
     stopped_by: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
@@ -34,14 +34,12 @@ class Answer:
     recovered: str = ""  # why tokens were taken back and written anew
     constraint: Constraint | None = None
     problem: str | None = None  # what the answer has against the constraint
-    tokenizer: Tokenizer | None = None  # where log probabilities are wanted, which it names
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, step: GenerationStep) -> None:
         """One more step of its stream."""
         if step.rollback is not None:
-            del self.token_ids[len(self.token_ids) - step.rollback.tokens :]
-            del self.logprobs[len(self.token_ids) :]
+            kept = len(self.token_ids) - step.rollback.tokens
+            del self.token_ids[kept:], self.logprobs[kept:]
             self.text, self.thought = step.rollback.text, step.rollback.thought
             self.recovered = step.rollback.why
         self.text += step.text
@@ -76,30 +74,18 @@ class Answer:
             "speculation": {"drafted": self.timings.drafted_tokens, "accepted": self.timings.accepted_tokens},
             "model": self.model,
             "backend": self.backend,
-            **({} if self.tokenizer is None else {"logprobs": self._named_logprobs(self.tokenizer)}),
             **({} if self.constraint is None else {"valid": self.problem is None}),
             **({} if self.problem is None else {"problem": self.problem}),
+            **({"logprobs": [_as_json(token) for token in self.logprobs]} if self.logprobs else {}),
             **({"thought": self.thought} if self.thought else {}),
             **({"recovered": self.recovered} if self.recovered else {}),
             **({"error": self.error.message} if self.error is not None else {}),
         }
 
-    def _named_logprobs(self, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-        def named(token: int, logprob: float) -> dict[str, Any]:
-            return {"id": token, "token": tokenizer.piece(token), "logprob": round(logprob, 5)}
 
-        return [
-            {**named(item.token_id, item.logprob), "top": [named(*likely) for likely in item.likeliest]}
-            for item in self.logprobs
-        ]
-
-
-def empty_answer(
-    model: LoadedModel, prompt_tokens: int, params: SamplingParams, constraint: Constraint | None = None
-) -> Answer:
-    """An answer of which nothing has come."""
-    tokenizer = None if params.logprobs is None else model.tokenizer
-    return Answer(model.name, model.backend, model.load_s, prompt_tokens, constraint=constraint, tokenizer=tokenizer)
+def _as_json(token: TokenLogprobs) -> dict[str, Any]:
+    top = [{"token_id": i, "logprob": round(value, 6)} for i, value in token.likeliest]
+    return {"token_id": token.token_id, "logprob": round(token.logprob, 6), "top": top}
 
 
 def collect(
@@ -117,7 +103,7 @@ def collect(
     Ctrl-C ends it with `interrupted`, output that is not finite with `error`; what was generated until then is kept.
     """
     ids = model.encode_prompt(prompt)
-    answer = empty_answer(model, len(ids), params, constraint)
+    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids), constraint=constraint)
     chat = is_conversation(prompt) if chat is None else chat
     steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint)
     try:

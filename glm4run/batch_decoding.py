@@ -1,4 +1,4 @@
-"""Several sequences decoded together: each weight is read once for all of them, and whoever ends makes room for the next.
+"""Several sequences decoded together: each weight is read once for all, and whoever ends makes room for the next.
 
 Every sequence has its own cache, sampler and end. What it becomes does not depend on the others: the native library
 gives a row the same bits whatever else is in the product. Prompts are read one at a time, chunk by chunk, between two
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from glm4run.answer import Answer, empty_answer
+from glm4run.answer import Answer
 from glm4run.constraints import Constraint
 from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.generate import LoadedModel, OpenAnswer
@@ -24,7 +24,7 @@ from glm4run.sampling import SamplingParams
 from glm4run.steps import Context
 
 MOST_TOGETHER = 32
-# What `auto` takes at most: beyond it a step takes as much longer as it has more sequences. Source: docs/performance.md.
+# What `auto` takes at most: beyond it a step takes as much longer as it has more sequences (docs/performance.md).
 ENOUGH_TOGETHER = 16
 
 
@@ -139,7 +139,7 @@ def _open(model: LoadedModel, number: int, job: Job, context: Context) -> _Lane:
     would be cut into other chunks than alone, whose attention rounds differently."""
     context.cache.truncate(0)
     context.ids.clear()
-    answer = empty_answer(model, len(job.ids), job.params, job.constraint)
+    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(job.ids), constraint=job.constraint)
     opened = model.open_answer(
         job.ids, job.params, chat=job.chat, context=context, timings=answer.timings, constraint=job.constraint
     )

@@ -29,13 +29,14 @@ def fingerprint(model: LoadedModel) -> dict[str, str]:
     packed = None if config.quantization is None else asdict(config.quantization)
     if packed is None and model.backend != "dense":  # packed while it was loaded
         packed = {"backend": model.backend, "bytes": model.plan.weight_bytes}
+    kept = model.memory_run.kv_format
     return {
         "weights": _digest(b"".join(map(_weight_file, sorted(model.folder.glob("*.safetensors"))))),
         "tokenizer": _vocabulary(model.tokenizer),
         "quantization": _digest(json.dumps(packed, sort_keys=True, default=str).encode()),
         "rope": _digest(repr(rope).encode()),
         "template": "none" if model.dialect is None else model.dialect.name,
-        "cache": str(model.model.dtype).removeprefix("torch."),
+        "cache": str(model.model.dtype).removeprefix("torch.") + (f", {kept} bits" if kept.is_quantized else ""),
     }
 
 

@@ -24,13 +24,14 @@ from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.guard import DeadTokens, after_a_loop, diagnose, first_nonfinite
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
+from glm4run.kv_format import KVFormat, parse_kv_bits
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
 from glm4run.memory import GIB, MemoryPlan, Run, grammar_term, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
-from glm4run.sampling import Sampler, SamplingParams, token_logprobs
+from glm4run.sampling import Sampler, SamplingParams, TokenLogprobs
 from glm4run.speculative import MOST_DRAFTED, Speculation, StepCosts
 from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
 from glm4run.stopping import find_loop
@@ -114,8 +115,14 @@ class LoadedModel:
 
     def new_context(self, capacity: int | None = None) -> Context:
         """An empty conversation of the planned length, or of `capacity` tokens."""
-        dtype = self.model.dtype
-        return Context(KVCache(self.config, capacity or self.plan.context_len, dtype=dtype, device=self.device))
+        cache = KVCache(
+            self.config,
+            capacity or self.plan.context_len,
+            dtype=self.model.dtype,
+            device=self.device,
+            kv_format=self.memory_run.kv_format,
+        )
+        return Context(cache)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -384,8 +391,8 @@ class _Generation:
             generated.append(token)
             step = text.push(token)
             if self.params.logprobs is not None:
-                found = token_logprobs(logits, allowed, token, self.params.logprobs)
-                step = dataclasses.replace(step, logprobs=found)
+                likely = TokenLogprobs.of(token, logits, self.params.logprobs)
+                step = dataclasses.replace(step, logprobs=likely)
             yield step
             if step.stopped_by is not None:
                 yield GenerationStep("", finish_reason="stop", stopped_by=step.stopped_by)
@@ -526,7 +533,7 @@ class _Generation:
         return logits
 
     def _decode(self, token: int, generated: int) -> Tensor:
-        """Logits [V] behind `token`, the last of `generated`: verified ahead where it was drafted, else of a forward."""
+        """Logits [V] behind `token`, the last of `generated`: verified ahead if it was drafted, else of a forward."""
         if self.speculation is not None:
             self.speculation.chosen(token)
         if self.ahead and self.ahead[0][0] == token:
@@ -587,7 +594,7 @@ def load_model(
     activations: Activations = "auto",
     quantize_on_load: str | None = None,
     threads: int | None = None,
-    kv_bits: int = 16,
+    kv_bits: int | str | KVFormat = 16,
     context_len: int | None = None,
     rope_theta: float | None = None,
     yarn: str = "auto",
@@ -597,7 +604,8 @@ def load_model(
 
     Args:
         path: the folder. device: auto, cpu, cuda, cuda:N. dtype: auto, bf16, fp16, fp32.
-        backend: auto, or the name of one, which then never falls back. kv_bits: 16 is what this version has.
+        backend: auto, or the name of one, which then never falls back.
+        kv_bits: of the cache: 16 (as computed), 8 or 4; keys and values apart as "8:4".
         activations: how they meet packed weights. auto takes the faster form where its loss is negligible; int8, bf16.
         quantize_on_load: how to pack a dense folder while it is loaded, by bitsandbytes (nf4, fp4, int8) or
             optimum-quanto (qint8, qint4).
@@ -608,8 +616,7 @@ def load_model(
     Raises:
         Glm4RunError: with what to do. See `loading.load_weights`.
     """
-    if kv_bits != 16:
-        raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
+    kv_format = parse_kv_bits(kv_bits)
     folder = Path(path)
     started = time.perf_counter()
     return_large_blocks()
@@ -627,6 +634,7 @@ def load_model(
             context_len=context_len,
             rope_theta=rope_theta,
             yarn=yarn,
+            kv_format=kv_format,
             progress=progress,
             held_bytes=held,
         )

@@ -16,16 +16,23 @@ from torch import Tensor
 from glm4run.errors import GenerationError, UsageError
 from glm4run.speculative import MOST_DRAFTED, Speculate
 
-MOST_LOGPROBS = 20  # alternatives a token
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """How likely the model held a token, and what it held likeliest: before temperature, penalties and filters."""
+    """How likely a token was to the model (natural logarithm, before temperature, penalties and filters)."""
 
     token_id: int
     logprob: float
-    likeliest: tuple[tuple[int, float], ...]  # id and log probability, the likeliest first
+    likeliest: tuple[tuple[int, float], ...]  # ids with theirs, the likeliest first
+
+    @staticmethod
+    def of(token: int, logits: Tensor, count: int) -> TokenLogprobs:
+        """From logits [V] as the model gave them."""
+        all_of_them = logits.float().log_softmax(dim=-1)
+        values, ids = all_of_them.topk(count)
+        return TokenLogprobs(token, float(all_of_them[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_on_repetition: bool = True  # end with `repetition` when the tail is one n-gram over and over
     speculate: Speculate = "auto"  # drafts verified several at once; the text is the same, see `speculative`
-    logprobs: int | None = None  # with each token its log probability, and those of so many of the likeliest
+    logprobs: int | None = None  # each step says how likely its token was, and so many of the likeliest
     recover: bool = False  # first take such a tail back, once, and write on from before it (`GenerationStep.rollback`)
 
     def __post_init__(self) -> None:
@@ -53,8 +60,8 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p < 1,
             "repetition_penalty": self.repetition_penalty > 0,
-            "logprobs": self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
             "stop": all(self.stop),
+            "logprobs": self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
             "speculate": self.speculate in ("auto", "off", *range(1, MOST_DRAFTED + 1)),
         }
         ranges = {
@@ -64,8 +71,8 @@ class SamplingParams:
             "top_k": "0 (off) or more",
             "min_p": "0 (off) or more, below 1",
             "repetition_penalty": "above 0 (1 is off)",
-            "logprobs": f"0 to {MOST_LOGPROBS}",
             "stop": "texts that are not empty",
+            "logprobs": f"0 to {MOST_LOGPROBS} of the likeliest tokens",
             "speculate": f"auto, off, or drafts of 1 to {MOST_DRAFTED} tokens",
         }
         for name, good in checks.items():
@@ -84,13 +91,6 @@ class SamplingParams:
             "repetition_penalty",
         }
         return replace(self, **{key: generation[key] for key in known if isinstance(generation.get(key), int | float)})
-
-
-def token_logprobs(logits: Tensor, allowed: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Natural logarithms of the softmax of logits [V] over the ids that may come (`allowed`, bool [V])."""
-    logprobs = logits.float().masked_fill(~allowed.to(logits.device), float("-inf")).log_softmax(dim=-1)
-    values, ids = torch.topk(logprobs, min(count, int(allowed.sum())))
-    return TokenLogprobs(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 class Sampler:

@@ -1,11 +1,11 @@
 """Speculation by prompt lookup: what the context said last time after the same words is drafted and verified at once.
 
 A forward of one token and one of a few cost nearly the same where reading the weights bounds both. So the tokens that
-followed the longest earlier occurrence of the context's end are fed beside the token that is due; each position's logits
+followed the longest earlier occurrence of the context's end are fed beside the token that is due. A position's logits
 then choose a token as ever, and as long as that is the drafted one, the next position's logits are there already. No
-token is ever chosen otherwise than without drafts: greedily the text is the same, and a sampled token is drawn from the
-full distribution of its position (drawing first and comparing then accepts a draft x with probability p(x), and else
-draws from the rest: the rule of speculative sampling for a drafter that is certain).
+token is chosen otherwise than without drafts: greedily the text is the same, and a sampled token is drawn from the full
+distribution of its position (drawing first and comparing then accepts a draft x with probability p(x), and else draws
+from the rest: the rule of speculative sampling for a drafter that is certain).
 
 Sources: prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding); arXiv 2211.17192 (sampling).
 This file knows tokens and seconds; it must not know models or caches.
@@ -32,7 +32,7 @@ _HEADS = 1 << 14
 _PRIORS = ((2, 0.3), (3, 0.4), (5, 0.5), (8, 0.65), (15, 0.8), (LONGEST_MATCH + MOST_DRAFTED, 0.9))
 _PRIOR_WEIGHT, _MEMORY = 3.0, 48.0
 # What a forward of m tokens takes beside one of a single token, before this machine has shown it. Source:
-# benchmarks/speculation.py on the int4 9B shapes.
+# benchmarks/speculation.py --costs, rounded.
 _FIRST_COSTS = (1.0, 1.05, 1.25, 1.3, 1.7, 1.8, 1.95, 2.0)
 _COST_RATE, _UNIT_RATE, _INFERRED_RATE, _MOST_ERROR = 0.3, 0.3, 0.05, 0.5
 _FORGETTING = 0.005

@@ -36,7 +36,7 @@ class GenerationStep:
     finish_reason: FinishReason | None = None
     stopped_by: str | None = None  # the stop token or stop string
     tool_calls: tuple[ToolCall, ...] = ()
-    logprobs: TokenLogprobs | None = None  # of the token; only where `SamplingParams.logprobs` is set
+    logprobs: TokenLogprobs | None = None  # where `SamplingParams.logprobs` is set
     rollback: Rollback | None = None  # comes before what `text` adds; only where `SamplingParams.recover` is set
 
 

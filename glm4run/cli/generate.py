@@ -40,7 +40,10 @@ def generate(
     speculate: options.Speculate = None,
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
-    logprobs: options.Logprobs = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="In JSON, how likely each token was, and so many of the likeliest"),
+    ] = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help="JSON lines with `prompt` or `messages`, one request a line")
     ] = None,
@@ -56,6 +59,7 @@ def generate(
     activations: options.Activations = "auto",
     quantize_on_load: options.QuantizeOnLoad = None,
     dtype: options.Dtype = "auto",
+    kv_bits: options.KVBits = "16",
     ctx: options.Ctx = None,
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
@@ -67,12 +71,12 @@ def generate(
         raise UsageError("--input and --output go together", hint="glm4run generate --input FILE --output FILE")
     if input_file is not None and prompt is not None:
         raise UsageError("a PROMPT and --input were given", hint="use one of the two")
-    if logprobs is not None and not as_json and input_file is None:
-        raise UsageError("--logprobs are part of the JSON", hint="add --json, or use --input and --output")
     constraint = options.given_constraint(json_schema, regex)
     sequences = _parse_batch(batch)
     if sequences is not None and input_file is None:
         raise UsageError("--batch is for --input", hint="glm4run generate --input FILE --output FILE --batch 8")
+    if logprobs is not None and not as_json and input_file is None:
+        raise UsageError("--logprobs needs JSON", hint="add --json, or use --input and --output")
     text = None if input_file is not None else _read_prompt(prompt)
     _, loaded = options.load(
         model,
@@ -85,11 +89,13 @@ def generate(
         threads=threads,
         rope_theta=rope_theta,
         yarn=yarn,
+        kv_bits=kv_bits,
         needs_chat=chat is True,
     )
     given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
     options.require_speculation(loaded, speculate)
-    params = dataclasses.replace(loaded.default_params(), logprobs=logprobs, **given)
+    params = dataclasses.replace(loaded.default_params(), **given)
+    params = dataclasses.replace(params, logprobs=logprobs)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
         params = dataclasses.replace(params, recover=True)
     if input_file is not None and output_file is not None:

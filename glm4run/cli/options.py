@@ -10,6 +10,7 @@ from glm4run.cli.console import byte_progress, note, talk
 from glm4run.config import read_config
 from glm4run.dialects import Dialect
 from glm4run.errors import UsageError
+from glm4run.kv_format import parse_kv_bits
 from glm4run.memory import parse_size
 from glm4run.model_folders import (
     FoundModel,
@@ -41,6 +42,9 @@ QuantizeOnLoad = Annotated[
 Activations = Annotated[
     str, typer.Option(help="How activations meet packed weights: auto, int8 (fastest), int16 or bf16 (as they are)")
 ]
+KVBits = Annotated[
+    str, typer.Option(help="Bits of keys and values in the cache: 16, 8 or 4; keys and values apart as 8:4")
+]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 or fp32")]
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
@@ -59,15 +63,12 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 Speculate = Annotated[
     str | None,
     typer.Option(
-        help="Drafts from the context's own words, verified several at once, with the same text: auto (where they pay), "
-        "off, or how many tokens to draft (1 to 7)"
+        help="Drafts from the context's own words, verified several at once, with the same text: auto (where they "
+        "pay), off, or how many tokens to draft (1 to 7)"
     ),
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
 
-Logprobs = Annotated[
-    int | None, typer.Option(help="With each token its log probability and those of so many of the likeliest, up to 20")
-]
 JsonSchema = Annotated[
     str | None, typer.Option("--json-schema", help="Answer with JSON that fits this schema: a file, or JSON itself")
 ]
@@ -95,6 +96,7 @@ def load(
     threads: int | None,
     rope_theta: float | None,
     yarn: str,
+    kv_bits: str = "16",
     quantize_on_load: str | None = None,
     needs_chat: bool = False,
 ) -> tuple[FoundModel, LoadedModel]:
@@ -103,6 +105,7 @@ def load(
     With `needs_chat` a model that cannot hold a conversation is refused before anything is loaded.
     """
     context_len = parse_context(ctx)
+    kv_format = parse_kv_bits(kv_bits)
     found = find_model(model)
     if needs_chat:
         require_chat(found)
@@ -122,6 +125,7 @@ def load(
             context_len=context_len,
             rope_theta=rope_theta,
             yarn=yarn,
+            kv_bits=kv_format,
             progress=progress,
         )
     _announce(found, loaded)
@@ -140,10 +144,12 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
     from rich.filesize import decimal
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
+    kept = loaded.memory_run.kv_format
+    cache = f" in a cache of {kept} bits" if kept.is_quantized else ""
     note(
         f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "
         f"backend {loaded.backend_detail} ({loaded.backend_reason}), "
-        f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
+        f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens{cache}, loaded in {loaded.load_s:.1f} s"
     )
     quality = describe_report(read_provenance(found.folder))
     if quality is not None:

@@ -420,3 +420,21 @@ def test_without_declared_tools_it_is_text(tiny: LoadedModel) -> None:
 
 def test_end_token_is_the_stop_of_the_script() -> None:
     assert END in STOP_IDS
+
+
+def test_logprobs_are_those_of_the_models_own_logits(tiny: LoadedModel) -> None:
+    params = SamplingParams(max_new_tokens=6, temperature=0.7, repetition_penalty=1.3, seed=1, logprobs=4)
+    answer = collect(tiny, "hello", params)
+    assert len(answer.logprobs) == len(answer.token_ids) > 0
+    whole = [*tiny.encode_prompt("hello"), *answer.token_ids]
+    expected = tiny.logits(whole).log_softmax(dim=-1)
+    first = len(whole) - len(answer.token_ids) - 1
+    for place, (token, found) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+        row = expected[first + place]
+        assert found.token_id == token
+        assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert [value for _, value in found.likeliest] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
+    assert set(answer.as_json()["logprobs"][0]) == {"token_id", "logprob", "top"}
+    assert "logprobs" not in collect(tiny, "hello", GREEDY).as_json()
+    with pytest.raises(UsageError, match="logprobs"):
+        SamplingParams(logprobs=21)

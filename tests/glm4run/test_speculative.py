@@ -19,6 +19,7 @@ from torch import Tensor
 
 from glm4run import LoadedModel, SamplingParams, load_model
 from glm4run.answer import collect
+from glm4run.batch_decoding import Job, answer_together, choose_batch
 from glm4run.cards import demo_folder
 from glm4run.errors import GenerationError, UsageError
 from glm4run.model import Glm4Model
@@ -192,6 +193,7 @@ CASES = {
     "filters": SamplingParams(max_new_tokens=60, temperature=1.0, top_k=20, min_p=0.02, seed=6),
     "penalty": SamplingParams(max_new_tokens=60, repetition_penalty=1.2),
     "penalty, sampled": SamplingParams(max_new_tokens=60, temperature=0.5, repetition_penalty=1.3, seed=1),
+    "logprobs": SamplingParams(max_new_tokens=30, logprobs=3, temperature=0.5, seed=2),
     "a loop": SamplingParams(max_new_tokens=200),
     "a loop taken back": SamplingParams(max_new_tokens=200, recover=True),
 }
@@ -320,3 +322,18 @@ def test_logits_of_a_draft_that_are_not_finite_are_computed_again(tmp_path: Path
     always = with_drafts(loaded_model(tmp_path / "again"), Fixed({ord("a"): 0.9}, broken_at=frozenset(range(99))))
     with pytest.raises(GenerationError, match="not finite"):
         list(always.stream("aaaa", params))
+
+
+@needs_library
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_drafts_and_batches_over_a_quantized_cache(kv_bits: int) -> None:
+    with running(threads=1):
+        loaded = load_model(demo_folder(), backend="native", context_len=300, threads=1, kv_bits=kv_bits)
+        model = dataclasses.replace(loaded, stop_ids=frozenset())
+        params = SamplingParams(max_new_tokens=40)
+        expected = steps_of(model, params, "off")[0]
+        assert steps_of(model, params, MOST_DRAFTED)[0] == expected
+        jobs = [Job(model.encode_prompt(TEXT[: 20 + 9 * n]), params, chat=False) for n in range(4)]
+        together = dict(answer_together(model, jobs, choose_batch(model, jobs, 4)))
+        for number, job in enumerate(jobs):
+            assert together[number].token_ids == collect(model, job.ids, params).token_ids

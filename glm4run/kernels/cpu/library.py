@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 3  # GLM4RUN_ABI in src/abi.h
+ABI = 4  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -128,6 +128,13 @@ _SIGNATURES = {
     "g4_rms_norm": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_float, c_void_p)),
     "g4_silu_mul": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p)),
     "g4_rope": (None, (c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64)),
+    "g4_cache_append": (
+        None,
+        (
+            *(POINTER(G4Cache), c_void_p, c_void_p, c_int64, c_int64, c_int32),
+            *(c_int64, c_int64, c_int64, c_int64),
+        ),
+    ),
     "g4_attention_floats": (c_int64, (c_int64, c_int64, c_int64, c_int64, c_int64)),
     "g4_attention": (
         None,

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from glm4run import __version__, load_model
+from glm4run import __version__
 from glm4run.cards import load_cards
-from glm4run.chat_format import Message
 from glm4run.cli import main
 from glm4run.cli.lazy import COMMANDS, load_command
 from tests.builders import PREFIX, SPECIAL_IDS, edit_json, edit_tensors, write_checkpoint, write_json, write_packed
@@ -444,34 +443,6 @@ def test_batch_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     again = run(*words)
     assert (again.code, target.read_bytes()) == (0, before)
     assert "2 answers are in" in again.err
-
-
-def test_log_probabilities_are_the_models_own(ask: Run, run: Run, tmp_path: Path) -> None:
-    hot = ("--temperature", "3", "--repetition-penalty", "1.5", "--seed", "5")
-    answer = ask("--json", "--logprobs", "3", *hot).json()
-    assert list(answer) == [*GENERATE_KEYS, "logprobs"]
-    assert [token["id"] for token in answer["logprobs"]] == answer["token_ids"]
-    for token in answer["logprobs"]:
-        likeliest = [other["logprob"] for other in token["top"]]
-        assert len(likeliest) == 3 and likeliest == sorted(likeliest, reverse=True)
-        assert token["logprob"] <= likeliest[0] < 0
-    # The first token's, against logits of the whole prompt.
-    loaded = load_model(Path(os.environ["GLM4RUN_MODELS"]) / "talker", dtype="fp32")
-    ids = loaded.encode_prompt([Message("user", "hello")])
-    logits = loaded.logits(ids)[-1].masked_fill(loaded.dead_ids, float("-inf"))
-    first = answer["logprobs"][0]
-    stops = [i for i in loaded.tokenizer.special_ids if i not in loaded.stop_ids]
-    logits[stops] = float("-inf")
-    assert first["logprob"] == pytest.approx(float(logits.log_softmax(-1)[first["id"]]), abs=1e-3)
-    assert first["top"][0]["id"] == int(logits.argmax())
-    assert len(ask("--json", "--logprobs", "0").json()["logprobs"][0]["top"]) == 0
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    words = ("generate", "-m", "talker", "--input", source, "--output", target, "--max-tokens", "3", "--logprobs", "1")
-    assert run(*words, "--dtype", "fp32").code == 0
-    for line in target.read_text().splitlines():
-        data = json.loads(line)
-        assert [token["id"] for token in data["logprobs"]] == data["token_ids"]
 
 
 def test_answers_have_the_form_that_was_asked_for(ask: Run, tmp_path: Path) -> None:

@@ -68,15 +68,6 @@ void add(const Kernels& kernels, const G4Stack& s, int64_t tokens, char* x, cons
     }
 }
 
-// New rows [tokens, KVH, D] behind `position` in a layer's cache.
-void append(const G4Stack& s, int64_t tokens, int64_t position, const char* rows, const G4CacheRows& cache,
-            int64_t capacity) {
-    const size_t row = size_t(s.head_dim * dtype_bytes(s.dtype));
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < s.kv_heads; h++)
-            memcpy(cache.data + size_t(h * capacity + position + t) * row, rows + size_t(t * s.kv_heads + h) * row, row);
-}
-
 G4Output into(const G4Output& linear, void* y, int64_t width) { return {linear.weight, linear.bias, y, width}; }
 
 struct Call {
@@ -97,8 +88,8 @@ void attend(const Call& c, int64_t layer, const G4Cache* const* caches) {
     for (int64_t i = 0; i < c.sequences; i++) {
         const G4Cache& cache = caches[i][layer];
         const int64_t query = i * each * query_width * element, kv = i * each * kv_width * element;
-        append(s, each, c.positions[i], c.b.key + kv, cache.keys, cache.capacity);
-        append(s, each, c.positions[i], c.b.value + kv, cache.values, cache.capacity);
+        g4_cache_append(&cache, c.b.key + kv, c.b.value + kv, kv_width, s.head_dim, s.dtype, each, s.kv_heads, s.head_dim,
+                        c.positions[i]);
         g4_attention(c.b.query + query, query_width, s.head_dim, s.dtype, &cache, each, s.heads, s.kv_heads, s.head_dim,
                      c.positions[i] + each, c.b.work, c.b.attention + query);
     }
