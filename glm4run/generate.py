@@ -27,7 +27,7 @@ from glm4run.kv_cache import KVCache
 from glm4run.kv_format import KVFormat, parse_kv_bits
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
-from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
+from glm4run.memory import GIB, MemoryPlan, Run, grammar_term, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
@@ -99,6 +99,14 @@ class LoadedModel:
     def step_costs(self) -> StepCosts:
         """What forwards of a few tokens take on this machine, learned as they run."""
         return StepCosts()
+
+    @property
+    def run_now(self) -> Run:
+        """What the plan is of, with what has been made since the model was loaded (on the CPU, whatever the device)."""
+        if "grammar_vocabulary" not in vars(self) or self.device.type != "cpu":
+            return self.memory_run
+        before, term = self.memory_run.extra_terms, grammar_term(self.tokenizer.vocab_size)
+        return dataclasses.replace(self.memory_run, extra_terms=lambda context_len: (*before(context_len), term))
 
     @cached_property
     def grammar_vocabulary(self) -> GrammarVocabulary:

@@ -1,7 +1,8 @@
 """`glm4run chat` with a model that says what a script tells it to, in a process of its own.
 
 `python -m tests.chat_driver SCRIPT.json FOLDER ...`. The script has `answers`, one a generation, the seconds that a
-decoded token and a chunk of a prompt take (`token_s`, `prefill_s`), and the `chunk`.
+decoded token and a chunk of a prompt take (`token_s`, `prefill_s`), and the `chunk`. The model may write arguments that
+do not fit unless `structured` is true.
 """
 
 from __future__ import annotations
@@ -61,5 +62,8 @@ def scripted(real: Callable[..., generate.LoadedModel], script: dict[str, Any]) 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    generate.load_model = scripted(generate.load_model, json.loads(Path(sys.argv[1]).read_text()))
+    wanted = json.loads(Path(sys.argv[1]).read_text())
+    generate.load_model = scripted(generate.load_model, wanted)
+    if not wanted.get("structured"):
+        vars(generate)["has_engine"] = lambda: False
     main(["chat", *sys.argv[2:]])

@@ -169,7 +169,7 @@ def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
     """`--check-plan`: the plan, the measured peak, and the error between them."""
     from glm4run.plan_check import check_plan
 
-    note(check_plan(loaded.memory_run, loaded.plan, loaded.device, tokens_held).describe())
+    note(check_plan(loaded.run_now, loaded.plan, loaded.device, tokens_held).describe())
 
 
 def given_constraint(json_schema: str | None, regex: str | None) -> Constraint | None:

@@ -5,7 +5,7 @@
 
 from glm4run.memory.available import available_ram_bytes, peak_resident_bytes, resident_bytes, total_ram_bytes
 from glm4run.memory.calibration import Calibration, calibrated_cpu, read_calibration
-from glm4run.memory.overhead import Overhead, device_overhead, process_overhead, tokenizer_bytes
+from glm4run.memory.overhead import Overhead, device_overhead, grammar_term, process_overhead, tokenizer_bytes
 from glm4run.memory.plan import (
     HEADROOM_BYTES,
     SMALLER_CHUNKS,
@@ -43,6 +43,7 @@ __all__ = [
     "device_overhead",
     "every_logits_bytes",
     "gib_text",
+    "grammar_term",
     "kv_bytes_per_token",
     "largest_context",
     "logits_block_rows",

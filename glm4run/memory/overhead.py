@@ -7,7 +7,7 @@ from pathlib import Path
 
 from glm4run.memory.calibration import Calibration
 from glm4run.memory.sizes import MIB
-from glm4run.memory.terms import Kind
+from glm4run.memory.terms import Kind, Term
 
 # A process that has imported torch and glm4run, before it loads anything. Source: measured, docs/vram.md.
 PROCESS_BYTES = 224 * MIB
@@ -15,6 +15,8 @@ PROCESS_BYTES = 224 * MIB
 LATER_BYTES = 23 * MIB
 # Memory of a loaded tokenizer, for each byte of its file, or of the family's token. Source: measured, docs/vram.md.
 TOKENIZER_JSON_FACTOR, TOKENIZER_MODEL_FACTOR, TOKENIZER_BYTES_PER_TOKEN = 11.0, 38.5, 670
+# What the grammar engine keeps of each token. Source: 31 MB for the family's 151,343, benchmarks/structured.py.
+GRAMMAR_BYTES_PER_TOKEN = 205
 # CUDA context and cuBLAS of a process. Source: 451-456 MiB on an RTX 4090 (ggml-org/llama.cpp pull request 15860).
 DEVICE_CONTEXT_BYTES = 450 * MIB
 CUBLAS_BYTES = 32 * MIB  # of it, taken by the first product
@@ -51,6 +53,13 @@ def tokenizer_bytes(folder: Path | None, vocab_size: int) -> int:
         if path is not None and path.is_file():
             return int(factor * path.stat().st_size)
     return TOKENIZER_BYTES_PER_TOKEN * vocab_size
+
+
+def grammar_term(tokens: int) -> Term:
+    """Of a run whose answers are held to a form: the vocabulary as the grammar engine has it."""
+    return Term(
+        "grammar", GRAMMAR_BYTES_PER_TOKEN * tokens, "measured", f"{GRAMMAR_BYTES_PER_TOKEN} B x {tokens} tokens"
+    )
 
 
 def device_overhead(

@@ -19,6 +19,7 @@ from glm4run.chat_format import Message
 from glm4run.constraints import Constraint
 from glm4run.dialects import DIALECTS
 from glm4run.errors import UsageError
+from glm4run.memory import plan_run
 from glm4run.token_rules import AnswerRule, CallRule, GrammarVocabulary
 from glm4run.tokenizer import Tokenizer, load_tokenizer
 from tests.builders import FIRST_PADDING, SPECIAL_IDS, STOP_IDS, VOCAB, write_checkpoint
@@ -256,3 +257,13 @@ def test_a_line_that_ends_inside_a_token_goes_on_in_the_arguments(tiny: LoadedMo
         rule._decoder.push = lambda token, rest=rest: f"\nt\n{rest}"  # type: ignore[method-assign,misc]
         rule.push(ord("x"))
         assert (rule.allowed() is not None) == is_held
+
+
+def test_the_plan_that_is_checked_has_the_grammar_once_it_is_there(tmp_path: Path) -> None:
+    model = loaded_model(tmp_path)
+    assert model.run_now is model.memory_run
+    before = plan_run(model.run_now, 256)
+    say(model, ASKED, Constraint.from_regex("a"))
+    after = plan_run(model.run_now, 256)
+    assert [term.name for term in after.terms if term.name not in {t.name for t in before.terms}] == ["grammar"]
+    assert after.peak_bytes - before.peak_bytes == after.bytes_of("grammar") > 0

@@ -101,6 +101,8 @@ def show(chat: Chat, argument: str) -> None:
     session = chat.session
     params = session.params
     for item in fields(params):
+        if item.name == "logprobs":  # of an answer's JSON, which a chat has none of
+            continue
         value = getattr(params, item.name)
         shown = "off" if value is None or value == () else value
         talk(f"{item.name:20} {', '.join(map(repr, shown)) if isinstance(shown, tuple) else shown}")

@@ -221,6 +221,8 @@ def test_every_option_is_in_the_help_with_an_explanation(run: Run, name: str) ->
         ("generate", "x", "--min-p", "1"),
         ("generate", "x", "--repetition-penalty", "0"),
         ("generate", "x", "--stop", ""),
+        ("generate", "x", "--logprobs", "3"),
+        ("generate", "x", "--json", "--logprobs", "21"),
         ("generate", "x", "--json-schema", "nowhere.json"),
         ("generate", "x", "--json-schema", '{"uniqueItems": true}'),
         ("generate", "x", "--json-schema", "{"),

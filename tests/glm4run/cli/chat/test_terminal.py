@@ -149,10 +149,10 @@ def test_window_that_changes_while_an_answer_streams(start: Start) -> None:
 
 
 def test_ctrl_c_while_decoding_and_while_reading(start: Start) -> None:
-    long_answer = "a b c d e f g h " * 50
+    long_answer = " ".join(f"w{n}" for n in range(400))  # no loop, however late Ctrl-C comes
     with start([long_answer, "whole"], token_s=0.01, prefill_s=0.1, chunk=64) as terminal:
         terminal.type(f"go{ENTER}")
-        terminal.wait_for("a b c")
+        terminal.wait_for("w0 w1")
         terminal.type(CTRL_C)
         terminal.wait_for("ended by interrupted")
         terminal.wait_for_prompt()
