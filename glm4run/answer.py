@@ -41,6 +41,7 @@ class Answer:
             "text": self.text,
             "token_ids": self.token_ids,
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.timings.recalled_tokens,
             "completion_tokens": self.completion_tokens,
             "finish_reason": self.finish_reason,
             "stopped_by": self.stopped_by,

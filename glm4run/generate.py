@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ from glm4run.tokenizer import Tokenizer, load_tokenizer
 from glm4run.tool_calls import tool_names
 
 
+class KeptPrompts(Protocol):
+    """Prompts whose keys and values are kept beyond the process."""
+
+    def recall(self, context: Context, prompt: Sequence[int]) -> int:
+        """Loads what is kept of `prompt` behind what the context shares with it; returns how many tokens."""
+        ...
+
+    def offer(self, context: Context, prompt: Sequence[int], start: int) -> None:
+        """Notes that `prompt` had to be computed from `start` on."""
+        ...
+
+    def keep(self) -> None:
+        """Writes what was offered. Called when an answer has been shown: no first token waits for a disk."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with its tokenizer, ready to be asked. Made by `load_model`."""
@@ -56,6 +72,7 @@ class LoadedModel:
     notices: tuple[str, ...]
     load_s: float
     device: torch.device
+    kept_prompts: KeptPrompts | None = None
 
     @cached_property
     def ordinary_tokens(self) -> Tensor:
@@ -219,7 +236,8 @@ class _Generation:
         allowed = self._allowed(calls=bool(declared))
         sampler = Sampler(self.params, allowed)
         dead = DeadTokens(owner.dead_ids)
-        logits = self.prefill(prompt, on_prefill)
+        self._recall(prompt)
+        logits = self.prefill(prompt, on_prefill, keep=True)
         generated: list[int] = []
         while True:
             try:
@@ -318,10 +336,27 @@ class _Generation:
             return "repetition"
         return None
 
-    @torch.inference_mode()
-    def prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
-        """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V]."""
+    def _recall(self, prompt: list[int]) -> None:
+        if self.owner.kept_prompts is not None:
+            self.timings.recalled_tokens += self.owner.kept_prompts.recall(self.context, prompt)
+
+    def prefill(
+        self, prompt: list[int], on_prefill: Callable[[int, int], None] | None, *, keep: bool = False
+    ) -> Tensor:
+        """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V].
+
+        With `keep` it is offered to the kept prompts, also what was fed before an interrupt.
+        """
         new = self.context.reuse(prompt)
+        start = len(self.context.ids)
+        try:
+            return self._feed(new, on_prefill)
+        finally:
+            if keep and self.owner.kept_prompts is not None:
+                self.owner.kept_prompts.offer(self.context, prompt, start)
+
+    @torch.inference_mode()
+    def _feed(self, new: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
         started = time.perf_counter()
         logits: Tensor | None = None
         size = self.owner.plan.chunk

@@ -51,6 +51,7 @@ def generate(
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
     yarn: options.Yarn = "auto",
+    prompt_cache: options.PromptCache = None,
     check_plan: options.CheckPlan = False,
 ) -> int:
     """Generate an answer to PROMPT, or answers to every line of a file."""
@@ -58,6 +59,7 @@ def generate(
         raise UsageError("--input and --output go together", hint="glm4run generate --input FILE --output FILE")
     if input_file is not None and prompt is not None:
         raise UsageError("a PROMPT and --input were given", hint="use one of the two")
+    kept_bytes = options.prompt_cache_bytes(prompt_cache)
     text = None if input_file is not None else _read_prompt(prompt)
     _, loaded = options.load(
         model,
@@ -72,6 +74,7 @@ def generate(
         yarn=yarn,
         needs_chat=chat is True,
     )
+    loaded = options.with_kept_prompts(loaded, kept_bytes)
     given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)
     params = dataclasses.replace(loaded.default_params(), **given)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
@@ -133,11 +136,18 @@ def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_jso
     else:
         write_text("\n")
         _say_how_it_ended(answer)
+    _keep_prompts(loaded)
     if check_plan:
         options.say_plan_check(loaded, answer.prompt_tokens + answer.completion_tokens)
     if answer.error is not None:
         raise Glm4RunError(answer.error.message, hint=answer.error.hint, exit_code=answer.error.exit_code)
     return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
+
+
+def _keep_prompts(loaded: LoadedModel) -> None:
+    """Writes what was read, now that its answer is shown."""
+    if loaded.kept_prompts is not None:
+        loaded.kept_prompts.keep()
 
 
 def _say_how_it_ended(answer: Answer) -> None:
@@ -174,6 +184,7 @@ def _run_batch(
     ):
         note(f"{done}/{total}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}")
         most = max(most, answer.prompt_tokens + answer.completion_tokens)
+        _keep_prompts(loaded)
         if answer.finish_reason == "interrupted":
             note(f"interrupted: run the same command again to go on after {done - 1} answers")
             return EXIT_INTERRUPTED
