@@ -199,7 +199,9 @@ class PromptCache:
         describe_folder(self.folder, self.model.name, self._fingerprint())
         room = Room(self.most_bytes, self.root)
         what = self._describe(ids)
-        nbytes = sum(t.numel() * t.element_size() for n in range(len(cache.layers)) for t in cache.rows(n, 0, 1).values())
+        nbytes = sum(
+            t.numel() * t.element_size() for n in range(len(cache.layers)) for t in cache.rows(n, 0, 1).values()
+        )
         seen, mine = hashlib.sha256(), []
         for start in range(0, len(ids), PIECE_TOKENS):
             part = ids[start : start + PIECE_TOKENS]
@@ -215,7 +217,8 @@ class PromptCache:
                 break
             if not room.make(nbytes * len(part), set(mine)):
                 self.on_problem(
-                    f"the first {start} of {len(ids)} prompt tokens are kept: prompts may take {room.bound / 1e9:.1f} GB"
+                    f"the first {start} of {len(ids)} prompt tokens are kept, as prompts may take "
+                    f"{room.bound / 1e9:.1f} GB"
                 )
                 break
             metadata = {"start": str(start), "end": str(start + len(part)), "before": before, "what": what}

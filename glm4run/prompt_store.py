@@ -49,7 +49,7 @@ class PieceFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """One kept prompt: the last piece of a chain and all before it. `own_bytes` are those that no other prompt needs."""
+    """One kept prompt: the last piece of a chain and all before it. `own_bytes`: those that no other prompt needs."""
 
     name: str
     model: str

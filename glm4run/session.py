@@ -153,7 +153,9 @@ class Session:
     def recall(self, reading: Reading) -> Reading:
         """Takes what is kept of a long prompt from other runs, and says what is left to read."""
         kept = self.model.kept_prompts
-        return reading if kept is None or not kept.recall(self._context, reading.prompt) else self._reading(reading.prompt)
+        return (
+            reading if kept is None or not kept.recall(self._context, reading.prompt) else self._reading(reading.prompt)
+        )
 
     def probe(self, reading: Reading) -> Reading:
         """Prefills the beginning of what is new, and predicts the rest from it. Nothing of it is done twice."""

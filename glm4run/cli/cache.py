@@ -36,7 +36,9 @@ def cache(
         _list(known, total_bytes(), str(prompts_folder()), as_json=as_json)
         return
     if not names and not everything and model is None:
-        raise UsageError("nothing to remove was named", hint="give names that `glm4run cache ls` shows, --model or --all")
+        raise UsageError(
+            "nothing to remove was named", hint="give names that `glm4run cache ls` shows, --model or --all"
+        )
     if names and everything:
         raise UsageError("names and --all were given", hint="leave one of the two out")
     chosen = require_entries(names, known) if names else known

@@ -159,7 +159,9 @@ def test_other_weights_rope_or_dtype_have_prompts_of_their_own(tiny: LoadedModel
     others = [
         load_model(tiny.folder, dtype="fp32", context_len=1600, rope_theta=5e5),
         load_model(tiny.folder, dtype="bf16", context_len=1600),
-        load_model(write_checkpoint(tmp_path / "m", seed=1, max_position_embeddings=4096), dtype="fp32", context_len=1600),
+        load_model(
+            write_checkpoint(tmp_path / "m", seed=1, max_position_embeddings=4096), dtype="fp32", context_len=1600
+        ),
     ]
     folders = {kept.cache.folder}
     for model in others:
