@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glm4run.chat_format import Message, ToolCall
+from glm4run.constraints import Constraint
 from glm4run.errors import GenerationError
 from glm4run.generate import LoadedModel, is_conversation
 from glm4run.sampling import SamplingParams
@@ -30,6 +31,8 @@ class Answer:
     timings: Timings = field(default_factory=Timings)
     error: GenerationError | None = None
     recovered: str = ""  # why tokens were taken back and written anew
+    constraint: Constraint | None = None
+    problem: str | None = None  # what the answer has against the constraint
 
     @property
     def completion_tokens(self) -> int:
@@ -49,6 +52,8 @@ class Answer:
             "model": self.model,
             "backend": self.backend,
             "cached_tokens": self.timings.recalled_tokens,
+            **({} if self.constraint is None else {"valid": self.problem is None}),
+            **({} if self.problem is None else {"problem": self.problem}),
             **({"thought": self.thought} if self.thought else {}),
             **({"recovered": self.recovered} if self.recovered else {}),
             **({"error": self.error.message} if self.error is not None else {}),
@@ -62,15 +67,16 @@ def collect(
     *,
     on_text: Callable[[str, str], None] | None = None,
     on_prefill: Callable[[int, int], None] | None = None,
+    constraint: Constraint | None = None,
 ) -> Answer:
     """Runs a stream to its end. `on_text` gets (new text, new thought) as they come.
 
     Ctrl-C ends it with `interrupted`, output that is not finite with `error`; what was generated until then is kept.
     """
     ids = model.encode_prompt(prompt)
-    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids))
+    answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids), constraint=constraint)
     chat = is_conversation(prompt)
-    steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill)
+    steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint)
     try:
         for step in steps:
             if step.rollback is not None:
@@ -90,4 +96,6 @@ def collect(
         answer.finish_reason = "interrupted"
     except GenerationError as error:
         answer.finish_reason, answer.error = "error", error
+    if constraint is not None:
+        answer.problem = constraint.problem(answer.text)
     return answer

@@ -10,6 +10,7 @@ from typing import Any
 
 from glm4run.answer import Answer, collect
 from glm4run.chat_format import Message, parse_messages
+from glm4run.constraints import Constraint
 from glm4run.errors import UsageError
 from glm4run.generate import LoadedModel
 from glm4run.sampling import SamplingParams
@@ -24,6 +25,7 @@ class Request:
     id: str | int
     prompt: str | None
     messages: tuple[Message, ...]
+    constraint: Constraint | None = None  # its own; `json_schema` or `regex` of the line
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -56,11 +58,12 @@ def _parse(line: str, number: int, path: Path) -> Request:
         raise UsageError(f"{where}: id is {type(request_id).__name__}, expected a string or a whole number")
     try:
         messages = tuple(parse_messages(data["messages"])) if "messages" in data else ()
+        constraint = Constraint.from_dict(data)
     except UsageError as error:
         raise UsageError(f"{where}: {error.message}", hint=error.hint) from error
     if "messages" in data and not messages:
         raise UsageError(f"{where}: messages is empty")
-    return Request(request_id, prompt, messages)
+    return Request(request_id, prompt, messages, constraint)
 
 
 def run_batch(
@@ -70,10 +73,12 @@ def run_batch(
     target: Path,
     *,
     as_prompt: Callable[[str], Any],
+    constraint: Constraint | None = None,
 ) -> Iterator[tuple[int, int, Answer]]:
     """Answers what `target` does not hold yet; yields (requests done, requests in all, answer) after each.
 
-    A line is written when its answer is complete; an interrupted one is not written, and done again next time.
+    `constraint` is for requests that have none of their own. A line is written when its answer is complete; an
+    interrupted one is not written, and done again next time.
 
     Raises:
         DoesNotFitError: a request leaves no room in the context. Before the first answer.
@@ -87,7 +92,7 @@ def run_batch(
             prompts.append((number, request, prompt))
     with target.open("a", encoding="utf-8") as file:
         for number, request, prompt in prompts:
-            answer = collect(model, prompt, params)
+            answer = collect(model, prompt, params, constraint=request.constraint or constraint)
             if answer.finish_reason != "interrupted":
                 file.write(json.dumps({"id": request.id, **answer.as_json()}, ensure_ascii=False) + "\n")
                 file.flush()

@@ -17,6 +17,7 @@ from torch import Tensor
 from glm4run.cards import FAMILY_STOP_TOKENS, Card
 from glm4run.chat_format import AnswerCleaner, Message, encode_chat
 from glm4run.config import ModelConfig
+from glm4run.constraints import Constraint, has_engine
 from glm4run.dialects import Dialect
 from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.guard import DeadTokens, after_a_loop, diagnose, first_nonfinite
@@ -31,8 +32,12 @@ from glm4run.sampling import Sampler, SamplingParams
 from glm4run.steps import Context, FinishReason, GenerationStep, Rollback, TextStream, Timings
 from glm4run.stopping import find_loop
 from glm4run.tensor_loading import Progress
+from glm4run.token_rules import AnswerRule, CallRule, GrammarVocabulary, TokenRule
 from glm4run.tokenizer import Tokenizer, load_tokenizer
-from glm4run.tool_calls import tool_names
+from glm4run.tool_calls import argument_schemas, tool_names
+
+SEPARATOR = "<|assistant|>"  # between the calls of one answer
+COMPLETE = "constraint"  # what an answer was stopped by that is whole and to which nothing may be added
 
 
 class KeptPrompts(Protocol):
@@ -88,6 +93,11 @@ class LoadedModel:
         dead = torch.ones(self.config.vocab_size, dtype=torch.bool)
         dead[[i for i in self.tokenizer.usable_ids() if i < self.config.vocab_size]] = False
         return dead
+
+    @cached_property
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """The tokens as the grammar engine takes them. Raises Glm4RunError without the extra `structured`."""
+        return GrammarVocabulary(self.tokenizer, self.ordinary_tokens, self.stop_ids)
 
     def new_context(self) -> Context:
         """An empty conversation of the planned length."""
@@ -158,6 +168,7 @@ class LoadedModel:
         context: Context | None = None,
         timings: Timings | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[GenerationStep]:
         """Generates an answer, a step per token; the last step carries the finish reason.
 
@@ -166,15 +177,23 @@ class LoadedModel:
         (its first newline, a thought) is taken off; messages always do. `context` keeps the cache between calls: only
         what is new is prefilled. Closing the iterator, or an exception inside it (Ctrl-C), leaves `context` whole.
 
+        `constraint` says what the answer (behind its thought) must be. It is that when the stream ends with `stop` and
+        no stop string; an answer that was cut short may not be: `Constraint.problem` tells. With `tools` and the extra
+        `structured`, the arguments of a call are held to the tool's schema in the same way.
+
         Raises:
-            DoesNotFitError: the prompt leaves no room in the context. Before any computation.
+            DoesNotFitError: the prompt leaves no room in the context. UsageError: a constraint and tools. Both before
+            any computation.
         """
+        if constraint is not None and tools:
+            raise UsageError("a constraint on the answer and tools were given", hint="leave one of the two out")
         ids = self.encode_prompt(prompt, tools)
         self.check_prompt(ids)
         if chat is None:
             chat = is_conversation(prompt)
         run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
-        return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill)
+        rule = run.rule_for(constraint, tools or (), chat=chat)
+        return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill, new_rule=rule)
 
     def prefill(
         self,
@@ -230,9 +249,11 @@ class _Generation:
         chat: bool,
         declared: frozenset[str],
         on_prefill: Callable[[int, int], None] | None,
+        new_rule: Callable[[], TokenRule | None],
     ) -> Iterator[GenerationStep]:
         owner = self.owner
         text = self._new_text(chat=chat)
+        rule = new_rule()
         allowed = self._allowed(calls=bool(declared))
         sampler = Sampler(self.params, allowed)
         dead = DeadTokens(owner.dead_ids)
@@ -240,11 +261,12 @@ class _Generation:
         logits = self.prefill(prompt, on_prefill, keep=True)
         generated: list[int] = []
         while True:
+            mask = None if rule is None else rule.allowed()
             try:
-                token = sampler.sample(logits, self.context.ids)
+                token = sampler.sample(_masked(logits, mask), self.context.ids)
             except GenerationError:
                 logits = self._compute_again(len(generated))
-                token = sampler.sample(logits, self.context.ids)
+                token = sampler.sample(_masked(logits, mask), self.context.ids)
                 yield GenerationStep("", rollback=Rollback(0, text.shown, text.thought, "the output was not finite"))
             dead.watch(logits)
             if token in owner.stop_ids:
@@ -256,10 +278,15 @@ class _Generation:
             if step.stopped_by is not None:
                 yield GenerationStep("", finish_reason="stop", stopped_by=step.stopped_by)
                 return
+            if rule is not None:
+                rule.push(token)
+                if rule.is_complete:
+                    yield text.finish("stop", declared, stopped_by=COMPLETE)
+                    return
             reason = self._limit(generated)
             if reason == "repetition" and self.params.recover and not self.has_recovered:
-                text = self._new_text(chat=chat)
-                rollback, logits = self._take_back_loop(generated, len(prompt), text)
+                text, rule = self._new_text(chat=chat), new_rule()
+                rollback, logits = self._take_back_loop(generated, len(prompt), text, rule)
                 sampler = Sampler(after_a_loop(self.params), allowed)
                 yield GenerationStep("", rollback=rollback)
                 continue
@@ -268,15 +295,33 @@ class _Generation:
                 return
             logits = self._decode(token)
 
-    def _new_text(self, *, chat: bool) -> TextStream:
-        owner = self.owner
-        thinking = chat and owner.dialect is not None and owner.dialect.opens_thinking
-        return TextStream(owner.tokenizer, self.params.stop, AnswerCleaner(thinking=thinking) if chat else None)
+    def rule_for(
+        self, constraint: Constraint | None, tools: Sequence[Mapping[str, Any]], *, chat: bool
+    ) -> Callable[[], TokenRule | None]:
+        """What makes the rule of an answer, at its beginning."""
+        thinking = self._thinks(chat=chat)
+        if constraint is not None:
+            return lambda: AnswerRule(self.owner.grammar_vocabulary, constraint, chat=chat, thinking=thinking)
+        schemas = argument_schemas(tools)
+        if schemas and has_engine():
+            role = self.owner.tokenizer.special_id(SEPARATOR)
+            return lambda: CallRule(self.owner.grammar_vocabulary, schemas, thinking=thinking, separator=role)
+        return lambda: None
 
-    def _take_back_loop(self, generated: list[int], start: int, text: TextStream) -> tuple[Rollback, Tensor]:
+    def _thinks(self, *, chat: bool) -> bool:
+        return chat and self.owner.dialect is not None and self.owner.dialect.opens_thinking
+
+    def _new_text(self, *, chat: bool) -> TextStream:
+        cleaner = AnswerCleaner(thinking=self._thinks(chat=chat)) if chat else None
+        return TextStream(self.owner.tokenizer, self.params.stop, cleaner)
+
+    def _take_back_loop(
+        self, generated: list[int], start: int, text: TextStream, rule: TokenRule | None
+    ) -> tuple[Rollback, Tensor]:
         """Shortens `generated` (behind `start` tokens of prompt) and the cache to the loop's first round.
 
-        `text` is fresh and gets what is kept. Returns the logits behind it, without the token that went round.
+        `text` and `rule` are fresh and get what is kept. Returns the logits behind it, without the token that went
+        round (unless the rule has no other).
         """
         loop = find_loop(generated)
         assert loop is not None
@@ -285,9 +330,13 @@ class _Generation:
         del generated[kept:]
         for token in generated:
             text.push(token)
+            if rule is not None:
+                rule.push(token)
         self._forget_from(start + kept - 1)
         logits = self._decode(generated[-1]).clone()
-        logits[again] = float("-inf")
+        allowed = None if rule is None else rule.allowed()
+        if allowed is None or int(allowed.sum()) > 1:
+            logits[again] = float("-inf")
         self.has_recovered = True
         why = f"it went round in a loop of {loop.period} token{'s' if loop.period > 1 else ''}"
         return Rollback(taken, text.shown, text.thought, why), logits
@@ -321,7 +370,7 @@ class _Generation:
         owner = self.owner
         allowed = owner.ordinary_tokens.clone()
         kept = set(owner.stop_ids)
-        role = owner.tokenizer.special_id("<|assistant|>")
+        role = owner.tokenizer.special_id(SEPARATOR)
         if calls and role is not None:
             kept.add(role)
         allowed[[i for i in kept if i < len(allowed) and owner.tokenizer.is_usable(i)]] = True
@@ -384,6 +433,11 @@ class _Generation:
         self.timings.decode_s += time.perf_counter() - started
         self.timings.decode_tokens += 1
         return logits
+
+
+def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logits [V] with all that is not allowed at minus infinity."""
+    return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
 
 def load_model(

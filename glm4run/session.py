@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from glm4run.chat_format import Message, ToolCall, encode_chat
+from glm4run.constraints import Constraint
 from glm4run.conversation import Attachment, Conversation, Turn
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
 from glm4run.interrupts import interrupts_held
+from glm4run.reading_speed import ReadingSpeed
 from glm4run.sampling import SamplingParams
 from glm4run.steps import Context, GenerationStep, Timings, common_prefix
 
@@ -57,16 +59,19 @@ class Session:
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     overflow: Overflow = "error"
+    constraint: Constraint | None = None  # what every answer must be, while there are no tools
     conversation: Conversation = field(default_factory=Conversation)
     cache_files: CacheFiles | None = None
     on_notice: Callable[[str], None] = lambda _: None
     most_context_used: int = 0  # over all conversations so far
-    prefill_tok_per_s: float | None = None  # as last measured over at least `PROBE_TOKENS`
+    speed: ReadingSpeed | None = None  # of the same model, as measured so far; None knows nothing yet
     context: Context | None = None  # of the same model, to go on with; None allocates one
     _context: Context = field(init=False)
+    _speed: ReadingSpeed = field(init=False)
 
     def __post_init__(self) -> None:
         self._context = self.model.new_context() if self.context is None else self.context
+        self._speed = ReadingSpeed(self.model.config) if self.speed is None else self.speed
 
     # --- what there is
 
@@ -165,7 +170,7 @@ class Session:
             return reading
         timings = Timings()
         self.model.prefill(part, self._context, timings=timings)
-        self._note_speed(timings)
+        self._note_speed(timings, len(part))
         return self._reading(reading.prompt)
 
     def say(
@@ -284,7 +289,7 @@ class Session:
 
     def _reading(self, prompt: list[int]) -> Reading:
         new = len(prompt) - common_prefix(self._context.ids[: self._context.cache.position], prompt)
-        seconds = None if self.prefill_tok_per_s is None else new / self.prefill_tok_per_s
+        seconds = self._speed.seconds(new, len(prompt) - new)
         return Reading(prompt, new, new * self.kv_bytes_per_token, seconds)
 
     def _make_room(self, *messages: Message) -> None:
@@ -335,9 +340,10 @@ class Session:
             if turns[0].number not in conversation.pinned and turns[0].number not in conversation.dropped
         ]
 
-    def _note_speed(self, timings: Timings) -> None:
-        if timings.prefill_tokens >= PROBE_TOKENS and timings.prefill_s > 0:
-            self.prefill_tok_per_s = timings.prefill_tokens / timings.prefill_s
+    def _note_speed(self, timings: Timings, prompt: int) -> None:
+        """What reading up to the end of a prompt of so many tokens took; a few tokens tell nothing."""
+        if timings.prefill_tokens >= PROBE_TOKENS:
+            self._speed.note(timings.prefill_tokens, prompt - timings.prefill_tokens, timings.prefill_s)
 
     # --- the answer
 
@@ -359,10 +365,11 @@ class Session:
             context=self._context,
             timings=timings,
             on_prefill=on_prefill,
+            constraint=None if self.tools else self.constraint,
         )
-        return self._record(steps, timings)
+        return self._record(steps, timings, len(prompt))
 
-    def _record(self, steps: Iterator[GenerationStep], timings: Timings) -> Iterator[GenerationStep]:
+    def _record(self, steps: Iterator[GenerationStep], timings: Timings, prompt: int) -> Iterator[GenerationStep]:
         heard = _Heard()
         try:
             for step in steps:
@@ -370,7 +377,7 @@ class Session:
                 yield step
         finally:
             with interrupts_held():
-                self._note_speed(timings)
+                self._note_speed(timings, prompt)
                 if heard.ids or heard.finish_reason is not None:
                     self._add_answer(heard)
                 self.most_context_used = max(self.most_context_used, len(self._context.ids))

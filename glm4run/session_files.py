@@ -28,7 +28,7 @@ JOURNAL_NAME, KV_NAME = "conversation.jsonl", "kv"
 FORMAT_VERSION = 1
 UNNAMED_CACHE_BYTES = 4 << 30  # of sessions that were never given a name; beyond it the oldest keep their text only
 _UNNAMED = re.compile(r"\d{4}-\d\d-\d\d-\d{6}(-\d+)?")
-VALUE_KEYS = ("model", "model_folder", "fingerprint", "system", "params", "overflow")
+VALUE_KEYS = ("model", "model_folder", "fingerprint", "system", "params", "overflow", "format")
 _NAME = re.compile(r"[\w][\w.-]{0,99}")
 
 
@@ -50,7 +50,7 @@ class Saved:
     """What a journal says: the conversation, and the last value of everything else."""
 
     conversation: Conversation
-    values: Record  # model, model_folder, fingerprint, system, params, overflow
+    values: Record  # model, model_folder, fingerprint, system, params, overflow, format
     problem: str | None = None  # a line that could not be read; all before it is here
 
 

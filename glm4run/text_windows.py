@@ -57,23 +57,28 @@ class Cut:
 
 
 def read_text(path: Path) -> Text:
-    """A UTF-8 file. The last character may be cut in two (a file's first so many bytes): it is then left out.
-
-    Raises:
-        UsageError: there is no such file, or it is no text.
-    """
+    """A file that `decode_text` takes. Raises UsageError where there is no such file, or it is no text."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint="give a text file in UTF-8") from error
+    return decode_text(path.name, raw)
+
+
+def decode_text(name: str, raw: bytes) -> Text:
+    """UTF-8, of which the last character may be cut in two (a file's first so many bytes): it is then left out.
+
+    Raises:
+        UsageError: it is no text.
+    """
     try:
         content = codecs.getincrementaldecoder("utf-8")().decode(raw)
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}",
+            f"{name} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}",
             hint="convert it, for example with `iconv -t utf-8`",
         ) from error
-    return Text(path.name, content, hashlib.sha256(raw).hexdigest())
+    return Text(name, content, hashlib.sha256(raw).hexdigest())
 
 
 def cut_windows(ids: Sequence[int], prefix: Sequence[int], cut: Cut) -> list[Window]:

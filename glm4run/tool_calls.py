@@ -87,6 +87,15 @@ def tool_names(tools: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     return frozenset(kind if (kind := _kind(tool)) in BUILT_IN_TOOLS else _function(tool)["name"] for tool in tools)
 
 
+def argument_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """JSON schema of the arguments by name, of the tools that are functions.
+
+    Raises: UsageError if a tool has no name or is no object.
+    """
+    functions = [_function(tool) for tool in tools if _kind(tool) not in BUILT_IN_TOOLS]
+    return {function["name"]: function.get("parameters") or {} for function in functions}
+
+
 def render_tool(tool: Mapping[str, Any], *, built_in: bool) -> str:
     """The section of the prompt's tool list for `tool`, starting with a newline and ending without one.
 

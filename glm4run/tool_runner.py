@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm4run.errors import Glm4RunError, UsageError
+from glm4run.errors import UsageError
+from glm4run.schemas import check_schema, problems
 from glm4run.tool_calls import ToolCall, tool_names
 
+EXTRA = "tools"  # of the package: what checking arguments needs
 EXAMPLES = "examples"  # instead of a file: the tools that come with the package
 DEFAULT_TIMEOUT_S = 60.0
 OUTPUT_LIMIT_BYTES = 16 << 10  # of what a command prints; the rest is cut, and the model is told
@@ -80,10 +82,9 @@ def _parse(item: Any, path: Path) -> Tool:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or timeout_s <= 0:
         raise UsageError(f"{path}: timeout_s of tool {name!r} is {timeout_s!r}, expected a number of seconds")
     tool = Tool(name, declaration, command, float(timeout_s))
-    jsonschema = _jsonschema()
     try:
-        jsonschema.Draft202012Validator.check_schema(tool.schema)
-    except jsonschema.SchemaError as error:
+        check_schema(tool.schema, extra=EXTRA)
+    except UsageError as error:
         raise UsageError(f"{path}: parameters of tool {name!r} are no JSON schema: {error.message}") from error
     return tool
 
@@ -100,15 +101,9 @@ def check_arguments(tool: Tool, call: ToolCall) -> dict[str, Any]:
         raise UsageError(f"the arguments of {tool.name} are not JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise UsageError(f"the arguments of {tool.name} are no JSON object")
-    from referencing import Registry  # without one, the library would fetch a remote `$ref`
-
-    validator = _jsonschema().Draft202012Validator(tool.schema, registry=Registry())
-    problems = [
-        f"{'.'.join(map(str, error.absolute_path)) or 'the arguments'}: {error.message}"
-        for error in validator.iter_errors(arguments)
-    ]
-    if problems:
-        raise UsageError(f"the arguments of {tool.name} do not fit its schema: {'; '.join(problems[:5])}")
+    found = problems(tool.schema, arguments, extra=EXTRA)
+    if found:
+        raise UsageError(f"the arguments of {tool.name} do not fit its schema: {'; '.join(found)}")
     return arguments
 
 
@@ -185,13 +180,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def declarations(tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
     """What the prompt says about the tools."""
     return [tool.declaration for tool in tools]
-
-
-def _jsonschema() -> Any:
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise Glm4RunError(
-            "checking the arguments of tools needs the package jsonschema", hint="pip install 'glm4run[tools]'"
-        ) from error
-    return jsonschema

@@ -15,6 +15,7 @@ from glm4run.errors import EXIT_INTERRUPTED, Glm4RunError, UsageError
 
 if TYPE_CHECKING:
     from glm4run.answer import Answer
+    from glm4run.constraints import Constraint
     from glm4run.generate import LoadedModel
     from glm4run.sampling import SamplingParams
 
@@ -35,6 +36,8 @@ def generate(
     penalty: options.Penalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help="JSON lines with `prompt` or `messages`, one request a line")
     ] = None,
@@ -60,6 +63,7 @@ def generate(
     if input_file is not None and prompt is not None:
         raise UsageError("a PROMPT and --input were given", hint="use one of the two")
     kept_bytes = options.prompt_cache_bytes(prompt_cache)
+    constraint = options.given_constraint(json_schema, regex)
     text = None if input_file is not None else _read_prompt(prompt)
     _, loaded = options.load(
         model,
@@ -80,11 +84,13 @@ def generate(
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back
         params = dataclasses.replace(params, recover=True)
     if input_file is not None and output_file is not None:
-        return _run_batch(loaded, params, input_file, output_file, chat=chat, system=system, check_plan=check_plan)
+        return _run_batch(
+            loaded, params, constraint, input_file, output_file, chat=chat, system=system, check_plan=check_plan
+        )
     assert text is not None
     _say_how_prompts_are_taken(loaded, chat=chat)
     prompt_ids = _as_prompt(loaded, text, chat=chat, system=system)
-    return _run_one(loaded, params, prompt_ids, as_json=as_json, check_plan=check_plan)
+    return _run_one(loaded, params, constraint, prompt_ids, as_json=as_json, check_plan=check_plan)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -120,28 +126,60 @@ def _say_how_prompts_are_taken(loaded: LoadedModel, *, chat: bool | None) -> Non
         note("no chat template: continuing the text behind the [gMASK]<sop> prefix")
 
 
-def _run_one(loaded: LoadedModel, params: SamplingParams, prompt: Any, *, as_json: bool, check_plan: bool) -> int:
+def _run_one(
+    loaded: LoadedModel,
+    params: SamplingParams,
+    constraint: Constraint | None,
+    prompt: Any,
+    *,
+    as_json: bool,
+    check_plan: bool,
+) -> int:
     from glm4run.answer import collect
+
+    # What is not known to be valid yet goes to a reader, who sees how it ends; a program gets it when it is.
+    is_held = constraint is not None and not sys.stdout.isatty()
 
     def show(text: str, thought: str) -> None:
         if thought:
             stderr_console().print(thought, end="", style="dim", markup=False)
-        if text:
+        if text and not is_held:
             write_text(text)
 
     with token_progress("reading the prompt") as on_prefill:
-        answer = collect(loaded, prompt, params, on_text=None if as_json else show, on_prefill=on_prefill)
+        answer = collect(
+            loaded, prompt, params, on_text=None if as_json else show, on_prefill=on_prefill, constraint=constraint
+        )
     if as_json:
         write_json(answer.as_json())
+    elif is_held and answer.problem is not None:
+        note(f"not printed, because it is not what was asked for: {answer.text}")
+        _say_how_it_ended(answer)
     else:
-        write_text("\n")
+        write_text(answer.text + "\n" if is_held else "\n")
         _say_how_it_ended(answer)
     _keep_prompts(loaded)
     if check_plan:
         options.say_plan_check(loaded, answer.prompt_tokens + answer.completion_tokens)
     if answer.error is not None:
         raise Glm4RunError(answer.error.message, hint=answer.error.hint, exit_code=answer.error.exit_code)
-    return EXIT_INTERRUPTED if answer.finish_reason == "interrupted" else 0
+    if answer.finish_reason == "interrupted":
+        return EXIT_INTERRUPTED
+    if answer.problem is not None:
+        raise _not_valid(answer)
+    return 0
+
+
+def _not_valid(answer: Answer) -> Glm4RunError:
+    hints = {
+        "max_tokens": "a larger --max-tokens lets it end",
+        "context_full": "a larger --ctx lets it end",
+        "repetition": "--repetition-penalty 1.1 or a stricter schema (maxItems, maxLength) keep it from going round",
+    }
+    return Glm4RunError(
+        f"the answer ended by {answer.finish_reason} and is not valid: {answer.problem}",
+        hint=hints.get(answer.finish_reason),
+    )
 
 
 def _keep_prompts(loaded: LoadedModel) -> None:
@@ -151,8 +189,11 @@ def _keep_prompts(loaded: LoadedModel) -> None:
 
 
 def _say_how_it_ended(answer: Answer) -> None:
+    from glm4run.generate import COMPLETE
+
     timings = answer.timings.as_json(0.0)
-    stopped = "" if answer.stopped_by is None else f" at {answer.stopped_by!r}"
+    is_whole = answer.constraint is not None and answer.stopped_by == COMPLETE
+    stopped = "" if answer.stopped_by is None else ", as it is whole" if is_whole else f" at {answer.stopped_by!r}"
     note(
         f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {timings['decode_tok_per_s']} tok/s, "
         f"ended by {answer.finish_reason}{stopped}"
@@ -162,6 +203,7 @@ def _say_how_it_ended(answer: Answer) -> None:
 def _run_batch(
     loaded: LoadedModel,
     params: SamplingParams,
+    constraint: Constraint | None,
     source: Path,
     target: Path,
     *,
@@ -181,8 +223,10 @@ def _run_batch(
         params,
         target,
         as_prompt=lambda text: _as_prompt(loaded, text, chat=chat, system=system),
+        constraint=constraint,
     ):
-        note(f"{done}/{total}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}")
+        problem = "" if answer.problem is None else f", not valid: {answer.problem}"
+        note(f"{done}/{total}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}{problem}")
         most = max(most, answer.prompt_tokens + answer.completion_tokens)
         _keep_prompts(loaded)
         if answer.finish_reason == "interrupted":

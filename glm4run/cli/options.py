@@ -24,6 +24,7 @@ from glm4run.prompt_store import DEFAULT_BYTES
 
 if TYPE_CHECKING:
     from glm4run import kernels
+    from glm4run.constraints import Constraint
     from glm4run.generate import LoadedModel
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
@@ -56,6 +57,11 @@ MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this like
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages tokens seen before")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
+
+JsonSchema = Annotated[
+    str | None, typer.Option("--json-schema", help="Answer with JSON that fits this schema: a file, or JSON itself")
+]
+Regex = Annotated[str | None, typer.Option("--regex", help="Answer with text that this matches as a whole")]
 
 
 PromptCache = Annotated[
@@ -189,6 +195,17 @@ def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
     from glm4run.plan_check import check_plan
 
     note(check_plan(loaded.memory_run, loaded.plan, loaded.device, tokens_held).describe())
+
+
+def given_constraint(json_schema: str | None, regex: str | None) -> Constraint | None:
+    """What answers must be. Raises UsageError for what cannot be honoured, before any model is loaded."""
+    if json_schema is not None and regex is not None:
+        raise UsageError("--json-schema and --regex were given", hint="use one of the two")
+    from glm4run.constraints import Constraint, read_schema
+
+    if regex is not None:
+        return Constraint.from_regex(regex)
+    return None if json_schema is None else Constraint.from_schema(read_schema(json_schema))
 
 
 def given_sampling(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glm4run.config import ModelConfig
+from glm4run.reading_speed import reading_work
 from glm4run.vram.gpus import Gpu
 
 # 27.8 tok/s of a bf16 model whose bytes an A100 reads in 15 ms. Source: GLM-4's basic_demo table, HF eager.
@@ -87,9 +88,6 @@ def span_of(speeds: Sequence[Speed | None]) -> Speed | None:
 
 
 def prefill_flop(config: ModelConfig, tokens: int) -> float:
-    """Two operations a weight of the layers' linears and token, and causal attention's 2 L H D n^2."""
-    query = config.num_attention_heads * config.head_dim
-    kv = 2 * config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * query + kv + 3 * config.intermediate_size)
-    linears = 2.0 * config.num_hidden_layers * layer * tokens
-    return linears + 2.0 * config.num_hidden_layers * query * tokens * tokens
+    """Operations of reading a prompt: of the layers' linears and of causal attention."""
+    work = reading_work(config, tokens)
+    return work.linears + work.attention

@@ -6,7 +6,6 @@ some other languages. It is no excerpt of anything.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glm4run.errors import UsageError
+from glm4run.text_windows import decode_text, read_text
 from glm4run.tokenizer import Tokenizer
 
 BUILT_IN = "calibration.txt"
@@ -52,23 +52,18 @@ def read_calibration(tokenizer: Tokenizer, path: str | Path | None, tokens: int,
     Each window begins with the model's own prefix, as every prompt does. A text that is shorter gives what it has.
     Raises UsageError where it is no text, or gives fewer than two windows.
     """
-    path = None if path is None else Path(path)
-    raw = (files("glm4run_quantize") / BUILT_IN).read_bytes() if path is None else _read(path)
-    name = f"built-in {BUILT_IN}" if path is None else path.name
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{name} is not UTF-8 at byte {error.start}", hint="convert it with `iconv -t utf-8`"
-        ) from None
+    if path is None:
+        text = decode_text(f"built-in {BUILT_IN}", (files("glm4run_quantize") / BUILT_IN).read_bytes())
+    else:
+        text = read_text(Path(path))
     prefix = list(tokenizer.prefix_ids)
     body = window - len(prefix)
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text.content)
     ids = ids[len(prefix) :] if ids[: len(prefix)] == prefix and prefix else ids
     available = len(ids) // body
     if available < 2:
         raise UsageError(
-            f"{name} has {len(ids)} tokens, calibration takes at least {2 * body}", hint="use a longer text"
+            f"{text.name} has {len(ids)} tokens, calibration takes at least {2 * body}", hint="use a longer text"
         )
     count = min(available, max(2, tokens // window))
     step = (len(ids) - body) / max(1, count - 1)
@@ -76,11 +71,4 @@ def read_calibration(tokenizer: Tokenizer, path: str | Path | None, tokens: int,
     windows = [prefix + ids[start : start + body] for start in starts]
     held = set(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or {count - 1}
     ordered = [w for i, w in enumerate(windows) if i not in held] + [windows[i] for i in sorted(held)]
-    return Calibration(name, hashlib.sha256(raw).hexdigest(), torch.tensor(ordered), len(held))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", hint="give a UTF-8 text file") from error
+    return Calibration(text.name, text.sha256, torch.tensor(ordered), len(held))

@@ -33,7 +33,7 @@ from glm4run_quantize.measured import Measure, measure
 from glm4run_quantize.recipes import Recipe, choose_recipe, load_recipe
 from glm4run_quantize.report import HeldOut, QuantizeReport
 from glm4run_quantize.sensitivity import fit_recipe
-from glm4run_quantize.writer import replacing_folder, write_json
+from glm4run_quantize.writer import replacing_folder, resumable_bytes, write_json
 
 FORMAT_VERSION = 1
 METHODS = (*UNCALIBRATED, *CALIBRATED)
@@ -129,7 +129,7 @@ def quantize_checkpoint(
     with CheckpointReader(source, config) as reader:
         recipe, notices = _choose_recipe(reader, config, chosen, calibration)
         run = _Run(source, reader, config, raw, chosen, recipe, calibration, progress)
-        run.require_disk(output.parent)
+        run.require_disk(output)
         with replacing_folder(output, overwrite=overwrite, fingerprint=run.fingerprint) as working:
             try:
                 result = run.pack(working, report)
@@ -210,18 +210,19 @@ class _Run:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def require_disk(self, folder: Path) -> None:
-        """Raises DoesNotFitError before anything is computed if the output cannot fit."""
+    def require_disk(self, output: Path) -> None:
+        """Raises DoesNotFitError before anything is computed if what is left to write cannot fit."""
+        folder = output.parent
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        needed = self.job.total_bytes + DISK_MARGIN_BYTES
+        needed = max(0, self.job.total_bytes - resumable_bytes(output, self.fingerprint)) + DISK_MARGIN_BYTES
         if self.options.method in CALIBRATED and self.calibration is not None:
             # Two states of the streams, of three streams at most, while one replaces the other.
             needed += 2 * 3 * 4 * self.calibration.ids.numel() * self.config.hidden_size
         if free < needed:
             raise DoesNotFitError(
-                f"the packed model needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on the disk of {folder}",
+                f"the packed model needs {needed / 1e9:.2f} GB more, the disk of {folder} has {free / 1e9:.2f} GB",
                 hint="free some space, or choose another -o",
             )
 

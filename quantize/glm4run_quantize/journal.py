@@ -72,6 +72,11 @@ def remove_traces(folder: Path) -> None:
             path.unlink()
 
 
+def is_trace(file: Path) -> bool:
+    """Whether a file of a working folder is only there to go on from."""
+    return any(file.match(pattern) for pattern in FILES)
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a journal, up to the first that is damaged."""
     lines: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glm4run.checkpoint.safetensors_index import DTYPE_BYTES, INDEX_NAME
 from glm4run.errors import UsageError
-from glm4run_quantize.journal import belongs_to, remove_traces
+from glm4run_quantize.journal import belongs_to, is_trace, remove_traces
 
 MAX_SHARD_BYTES = 5_000_000_000  # as the hub's own tools split
 HEADER_ALIGNMENT = 8
@@ -234,17 +234,38 @@ def _remove_leftovers(target: Path, fingerprint: str | None) -> Path | None:
     One of this `fingerprint` is kept, and returned.
     """
     kept: Path | None = None
-    for path in sorted(target.parent.iterdir()):
-        match = re.fullmatch(rf"\.{re.escape(target.name)}\.(partial|old)-(\d+)", path.name)
-        if match is None or _is_alive(int(match[2])):
-            continue
-        if match[1] == "old" and not target.exists():
+    for kind, path in _leftovers(target):
+        if kind == "old" and not target.exists():
             path.rename(target)  # killed between the two renames: what the user had comes back
-        elif kept is None and match[1] == "partial" and fingerprint is not None and belongs_to(path, fingerprint):
+        elif kept is None and _is_resumable(kind, path, fingerprint):
             kept = path
         else:
             shutil.rmtree(path, ignore_errors=True)
     return kept
+
+
+def resumable_bytes(target: Path, fingerprint: str) -> int:
+    """What is written already by the killed run that `replacing_folder` would go on with."""
+    for kind, path in _leftovers(target):
+        if _is_resumable(kind, path, fingerprint):
+            return sum(file.stat().st_size for file in path.glob("*.safetensors") if not is_trace(file))
+    return 0
+
+
+def _is_resumable(kind: str, path: Path, fingerprint: str | None) -> bool:
+    return kind == "partial" and fingerprint is not None and belongs_to(path, fingerprint)
+
+
+def _leftovers(target: Path) -> list[tuple[str, Path]]:
+    """The working folders ("partial") and replaced ones ("old") of runs that are no longer alive."""
+    if not target.parent.is_dir():
+        return []
+    found = []
+    for path in sorted(target.parent.iterdir()):
+        match = re.fullmatch(rf"\.{re.escape(target.name)}\.(partial|old)-(\d+)", path.name)
+        if match is not None and not _is_alive(int(match[2])):
+            found.append((match[1], path))
+    return found
 
 
 def _is_alive(pid: int) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from glm4run import LoadedModel, SamplingParams, load_model
 from glm4run.cards import demo_folder
@@ -16,6 +18,7 @@ from glm4run.chat_format import Message, encode_chat
 from glm4run.dialects import DIALECTS
 from glm4run.errors import CheckpointError, DoesNotFitError
 from glm4run.memory import resident_bytes
+from glm4run.schemas import problems
 from glm4run.session import Session
 from glm4run.steps import Timings
 from tests.builders import SPECIAL_IDS, write_checkpoint
@@ -353,8 +356,9 @@ def test_tool_calls_and_observations_are_the_dialects_own(tmp_path: Path, dialec
     ]
 
 
-def test_two_hundred_dialogues_no_false_call_and_no_missed_one(tmp_path: Path) -> None:
+def test_two_hundred_dialogues_no_false_call_and_no_missed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of all kinds that a model gives; which of them are calls is known from how they were made."""
+    monkeypatch.setattr("glm4run.generate.has_engine", lambda: False)  # arguments as the model writes them
     random = Random(7)
     folder = write_checkpoint(tmp_path, dialect="chat-2024", max_position_embeddings=4096)
     loaded = load_model(folder, dtype="fp32", context_len=4096)
@@ -370,6 +374,51 @@ def test_two_hundred_dialogues_no_false_call_and_no_missed_one(tmp_path: Path) -
         if found != calls:
             wrong.append((answer, calls, found))
     assert wrong == []
+
+
+def closing(logits_for: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """A model that, where it may not go on as it likes, closes what is open."""
+
+    def call(token: int) -> Tensor:
+        logits = logits_for(token)
+        for rank, mark in enumerate('1:]}"'):
+            logits[ord(mark)] = max(float(logits[ord(mark)]), 6.0 + rank)
+        return logits
+
+    return call
+
+
+def test_two_hundred_dialogues_with_arguments_held_to_their_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What begins with the name of a tool is a call with arguments that fit, whatever the model would write there."""
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    random = Random(11)
+    folder = write_checkpoint(tmp_path, dialect="chat-2024", max_position_embeddings=4096)
+    loaded = load_model(folder, dtype="fp32", context_len=4096)
+    session, scripted = start(loaded)
+    number_or_text = {"anyOf": [{"type": "number"}, {"type": "string", "maxLength": 30}]}
+    adding = {"type": "object", "properties": {"a": number_or_text, "b": {}}, "additionalProperties": False}
+    schemas: dict[str, dict[str, Any]] = {"add": {**adding, "required": ["a"]}, "now": {"type": "object"}}
+    session.tools = [{"type": "function", "function": {"name": n, "parameters": s}} for n, s in schemas.items()]
+    monkeypatch.setattr(scripted, "logits_for", closing(scripted.logits_for))
+    wrong, rewritten = [], 0
+    for number in range(200):
+        answer, calls = answer_of_some_kind(random)
+        session.conversation.clear()
+        scripted.script = loaded.tokenizer.encode(answer)
+        list(session.say(f"question {number}"))
+        turn = session.conversation.path()[-1]
+        first = answer.lstrip().partition("\n")[0].strip()
+        found = turn.message.tool_calls
+        fits = [not problems(schemas[call.name], json.loads(call.arguments), extra="") for call in found]
+        if (first in schemas) != bool(found) or not all(fits) or (found and found[0].name != first):
+            wrong.append((answer, calls, found))
+        if not found and turn.message.content != answer.removeprefix("\n"):
+            wrong.append((answer, calls, found))  # a free answer is untouched
+        rewritten += bool(found) and [(c.name, c.arguments) for c in found] != calls
+    assert wrong == []
+    assert rewritten > 20  # arguments that did not fit came
 
 
 def answer_of_some_kind(random: Random) -> tuple[str, list[tuple[str, str]]]:

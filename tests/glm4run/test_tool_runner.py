@@ -86,7 +86,7 @@ def test_arguments_that_do_not_fit(arguments: str, what: str) -> None:
 
 def test_a_schema_cannot_reach_the_network() -> None:
     remote = tool("ls", {"$ref": "http://localhost:9/schema.json"})
-    with pytest.raises(Exception, match=r"(?i)unresolvable|localhost"):
+    with pytest.raises(UsageError, match="leads nowhere: http://localhost:9"):
         check_arguments(remote, ToolCall("t", "{}"))
 
 

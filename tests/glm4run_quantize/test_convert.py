@@ -25,6 +25,7 @@ from torch import Tensor
 from glm4run import load_model
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
 from glm4run_quantize import job, quantize_checkpoint
+from glm4run_quantize.convert import DISK_MARGIN_BYTES
 from glm4run_quantize.writer import FolderWriter
 from tests.builders import (
     LAYOUTS,
@@ -403,7 +404,7 @@ def test_disk_full_in_any_file_leaves_all_as_it_was(
 def test_disk_that_is_too_small_is_seen_before_the_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     calls: list[int] = []
-    with pytest.raises(DoesNotFitError, match=r"the packed model needs .* GB, 0\.00 GB are free"):
+    with pytest.raises(DoesNotFitError, match=r"the packed model needs .* GB more, the disk of .* has 0\.00 GB"):
         quantize_checkpoint(workplace / "source", workplace / "new", progress=lambda done, total: calls.append(done))
     assert calls == []
     assert sorted(path.name for path in workplace.iterdir()) == ["old", "source"]
@@ -439,6 +440,17 @@ def test_killed_run_leaves_no_half_folder_and_the_next_cleans_up(workplace: Path
     quantize_checkpoint(workplace / "source", workplace / output, overwrite=True)
     assert not [path for path in workplace.iterdir() if path.name.startswith(".")]
     assert load_model(workplace / output).backend != "dense"
+
+
+def test_what_a_killed_run_has_written_needs_no_room_again(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = quantize_checkpoint(workplace / "source", workplace / "whole")
+    assert python(KILLED, workplace / "source", workplace / "new").returncode == -signal.SIGKILL
+    free = report.total_bytes + DISK_MARGIN_BYTES - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    with pytest.raises(DoesNotFitError, match="GB more"):
+        quantize_checkpoint(workplace / "source", workplace / "another")
+    quantize_checkpoint(workplace / "source", workplace / "new")
+    assert snapshot(workplace / "new") == snapshot(workplace / "whole")
 
 
 MEASURED = """

@@ -122,6 +122,27 @@ def test_gptq_beats_weighted_search_on_the_output(weights: dict[str, Tensor], sc
     assert errors[2] < errors[1], name
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_gptq_shares_rows_among_cores(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    name, weight = next(iter(weights.items()))
+    x = correlated_inputs(512, weight.shape[1])
+    hessian = gptq.prepare(x.t() @ x / len(x))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    try:
+        q, scale = gptq.quantize_gptq(weight, hessian, SCHEMES[0], BF16)
+    finally:
+        monkeypatch.undo()
+        torch.set_num_threads(before)
+    rows = slice(5, 9)  # on their own they come out the same: rows have nothing to do with each other
+    q_rows, scale_rows = gptq.quantize_gptq(weight[rows], hessian, SCHEMES[0], BF16)
+    assert q.shape == weight.shape, name
+    assert (q[rows] != q_rows).float().mean() < 0.01  # sums in another order: ties may fall elsewhere
+    assert torch.allclose(scale[rows].float(), scale_rows.float(), rtol=0.02)
+
+
 def plain_gptq(weight: Tensor, hessian: Tensor, scale: Tensor, scheme: QuantScheme) -> Tensor:
     """Column by column in float64 with the inverse taken anew each time: the paper's equations, without its tricks."""
     left, steps = weight.double().clone(), scale.double().repeat_interleave(scheme.group_size or 1, 1)

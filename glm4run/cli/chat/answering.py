@@ -151,6 +151,10 @@ def _status(chat: Chat, outcome: _Outcome) -> None:
     ending = "" if outcome.reason == "stop" else f", ended by {outcome.reason}"
     used, limit = session.context_used, session.model.plan.context_len
     note(f"{timings.decode_tokens} tokens, {speed:.1f} tok/s{_share(chat, speed)}, context {used}/{limit}{ending}")
+    if session.constraint is not None and not session.tools:
+        problem = session.constraint.problem(session.conversation.path()[-1].message.content)
+        if problem is not None:
+            warn(f"the answer has not the format that was set: {problem}")
 
 
 def _share(chat: Chat, tok_per_s: float) -> str:

@@ -57,7 +57,13 @@ def _leave(chat: Chat, argument: str) -> None:
 _ALL = (
     Command("/help", "", "show this", _help),
     Command("/system", "[TEXT|off]", "show or set the system message", on_settings.system),
-    Command("/set", "NAME VALUE", "a sampling parameter, or overflow", on_settings.set_value, on_settings.set_words),
+    Command(
+        "/set",
+        "NAME VALUE",
+        "a sampling parameter, overflow, or the format of answers",
+        on_settings.set_value,
+        on_settings.set_words,
+    ),
     Command("/show", "", "every setting", on_settings.show),
     Command("/undo", "", "take the last question and its answer back", on_conversation.undo),
     Command("/redo", "", "bring back what /undo took; else answer the last question anew", on_conversation.redo),

@@ -1,7 +1,7 @@
 """Markdown to styled text while it streams: what was written is never written again, and nothing waits for long.
 
-A span is held back until it closes, ends with its line or has grown too long; then it is shown styled, or literally.
-Knows no terminal: pieces of text with the name of a style come out.
+A span is held back until it closes, ends with its line or has grown too long; then it is shown styled, or literally. A
+table comes row by row. Knows no terminal: pieces of text with the name of a style come out, and rows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from glm4run.cli.chat.tables import Align, Run, TableRow
+
 Style = Literal["", "bold", "italic", "code", "heading", "dim", "bold italic"]
 SPAN_LIMIT = 240  # characters: a mark that is not closed within these is taken literally
+ROW_LIMIT = 4000  # characters: a longer line is no row of a table
 MARKER_LIMIT = 24  # characters at the start of a line that may still become a rule or a marker
 
 
@@ -33,6 +36,10 @@ _RULE = re.compile(r"[ \t]*([-*_])([ \t]*\1){2,}[ \t]*\n")
 _BULLET = re.compile(r"([ \t]*)[-*+][ \t]+")
 _NUMBER = re.compile(r"[ \t]*\d{1,4}[.)][ \t]+")
 _QUOTE = re.compile(r"[ \t]*>[ \t]?")
+_DELIMITER = re.compile(r"[ \t]*\|?[ \t]*:?-+:?[ \t]*(\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*")
+_DELIMITER_BEGUN = re.compile(r"[ \t|:-]*")
+_CELL_END = re.compile(r"(?<!\\)\|")
+_LINE_BREAK = re.compile(r"<br */?>", re.IGNORECASE)
 _SPECIAL = re.compile(r"[*_`\\\n]")
 _ESCAPED = "*_`#\\"
 
@@ -43,22 +50,23 @@ class MarkdownStream:
     def __init__(self) -> None:
         self._pending = ""
         self._fence = ""  # the one that opened the code block we are in
+        self._columns = 0  # of the table we are in
         self._at_line_start = True
         self._line: Style = ""
         self._hang = 0
         self._is_fixed = False
         self._last = "\n"  # the character before the pending ones
 
-    def push(self, text: str) -> Iterator[Piece]:
+    def push(self, text: str) -> Iterator[Piece | TableRow]:
         """What can be shown once `text` has come."""
         self._pending += text
         yield from self._advance(is_last=False)
 
-    def flush(self) -> Iterator[Piece]:
+    def flush(self) -> Iterator[Piece | TableRow]:
         """The rest, when no more will come."""
         yield from self._advance(is_last=True)
 
-    def _advance(self, *, is_last: bool) -> Iterator[Piece]:
+    def _advance(self, *, is_last: bool) -> Iterator[Piece | TableRow]:
         while self._pending:
             before = len(self._pending), self._at_line_start
             if self._at_line_start:
@@ -83,7 +91,7 @@ class MarkdownStream:
     def _piece(self, text: str, style: Style | None = None) -> Piece:
         return Piece(text, self._line if style is None else style, self._hang, self._is_fixed)
 
-    def _start_line(self, *, is_last: bool) -> Iterator[Piece]:
+    def _start_line(self, *, is_last: bool) -> Iterator[Piece | TableRow]:
         text = self._pending
         has_end = "\n" in text
         fence = _FENCE.match(text)
@@ -107,7 +115,33 @@ class MarkdownStream:
             return
         if not has_end and not is_last and len(text) < MARKER_LIMIT and _UNDECIDED.fullmatch(text):
             return
+        if text.lstrip(" \t").startswith("|") and len(text.partition("\n")[0]) < ROW_LIMIT:
+            row = self._row(text, is_last=is_last)
+            if row is None:
+                return
+            if isinstance(row, TableRow):
+                yield row
+                return
+        self._columns = 0
         yield from self._mark(text)
+
+    def _row(self, text: str, *, is_last: bool) -> TableRow | bool | None:
+        """The row that a line with a bar at its beginning is; False if it is none, None if more must come first."""
+        line, newline, rest = text.partition("\n")
+        if not newline and not is_last:
+            return None
+        if self._columns:
+            self._take(len(line) + len(newline))
+            return TableRow(_cells_of(line, self._columns, ""))
+        following, ended, _ = rest.partition("\n")
+        if not ended and not is_last and _DELIMITER_BEGUN.fullmatch(following):
+            return None
+        aligns = tuple(map(_align, _split(following)))
+        if not _DELIMITER.fullmatch(following) or len(aligns) != len(_split(line)):
+            return False
+        self._columns = len(aligns)
+        self._take(len(line) + len(newline) + len(following) + len(ended))
+        return TableRow(_cells_of(line, self._columns, "bold"), aligns, is_header=True)
 
     def _mark(self, text: str) -> Iterator[Piece]:
         """The beginning of a line of prose, its marker taken off or made up."""
@@ -119,7 +153,7 @@ class MarkdownStream:
             self._begin("heading")
             self._take(heading.end())
         elif bullet := _BULLET.match(text):
-            self._begin(hang=len(bullet.group(1)) + 2)
+            self._begin(hang=_indentation(text) + 2)
             self._take(bullet.end())
             yield self._piece(f"{bullet.group(1)}• ")
         elif number := _NUMBER.match(text):
@@ -130,7 +164,7 @@ class MarkdownStream:
             self._take(quote.end())
             yield self._piece("│ ", "dim")
         else:
-            self._begin(is_fixed=text.lstrip().startswith("|"))  # a table's row
+            self._begin(hang=_indentation(text), is_fixed=text.lstrip().startswith("|"))  # a row of no table
 
     def _code(self) -> Iterator[Piece]:
         line, newline, _ = self._pending.partition("\n")
@@ -163,6 +197,41 @@ class MarkdownStream:
         self._take(length)
         for text, style in parts:
             yield self._piece(text, style)
+
+
+def _indentation(text: str) -> int:
+    """Columns before a line's first character; a line of code that is no block would hang too far."""
+    return min(len(text) - len(text.lstrip(" \t")) + 3 * text[: len(text) - len(text.lstrip(" \t"))].count("\t"), 20)
+
+
+def _split(line: str) -> list[str]:
+    """The cells of a row."""
+    inner = line.strip().removeprefix("|")
+    cells = _CELL_END.split(inner)
+    if len(cells) > 1 and not cells[-1].strip():  # the bar at the end
+        cells.pop()
+    return [cell.strip().replace("\\|", "|") for cell in cells]
+
+
+def _cells_of(line: str, columns: int, style: Style) -> tuple[tuple[Run, ...], ...]:
+    """As many cells as the table has columns; what a row has more of stays in the last."""
+    cells = _split(line)
+    cells = [*cells[: columns - 1], " | ".join(cells[columns - 1 :])]
+    cells += [""] * (columns - len(cells))
+    return tuple(tuple(_runs(cell, style)) for cell in cells)
+
+
+def _runs(cell: str, style: Style) -> Iterator[Run]:
+    for number, line in enumerate(_LINE_BREAK.split(cell)):
+        if number:
+            yield "\n", ""
+        yield from _spans(line, style)
+
+
+def _align(cell: str) -> Align:
+    if cell.endswith(":"):
+        return "center" if cell.startswith(":") else "right"
+    return "left"
 
 
 def _span(line: str, last: str, outer: Style, *, is_whole: bool) -> tuple[int, list[tuple[str, Style]]] | None:

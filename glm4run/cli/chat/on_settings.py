@@ -12,6 +12,7 @@ from glm4run.cli.console import note, talk
 from glm4run.errors import UsageError
 
 OFF = "off"
+_OF_THE_SESSION = ("overflow", "format")
 RENAMED = {"max_tokens": "max_new_tokens"}  # the option's name -> the parameter's
 
 
@@ -46,7 +47,7 @@ def parse_setting(name: str, text: str) -> tuple[str, Any]:
     name = name.replace("-", "_")
     name = RENAMED.get(name, name)
     if name not in _PARSERS:
-        raise UsageError(f"there is no setting {name!r}", hint=f"one of: {', '.join([*_PARSERS, 'overflow'])}")
+        raise UsageError(f"there is no setting {name!r}", hint=f"one of: {', '.join([*_PARSERS, *_OF_THE_SESSION])}")
     try:
         return name, _PARSERS[name](text)
     except ValueError:
@@ -63,6 +64,8 @@ def set_value(chat: Chat, argument: str) -> None:
         from glm4run.session import require_overflow
 
         chat.session.overflow = require_overflow(text)
+    elif name == "format":
+        _set_format(chat, text)
     else:
         key, value = parse_setting(name, text)
         chat.session.set_params(**{key: value})
@@ -71,9 +74,24 @@ def set_value(chat: Chat, argument: str) -> None:
     note(f"{name} is {text}")
 
 
+def _set_format(chat: Chat, text: str) -> None:
+    """A schema (a file, or JSON itself), `regex PATTERN`, or off."""
+    from glm4run.constraints import Constraint, read_schema
+
+    kind, _, pattern = text.partition(" ")
+    if text.lower() == OFF:
+        chat.session.constraint = None
+    elif kind == "regex" and pattern:
+        chat.session.constraint = Constraint.from_regex(pattern.strip())
+    else:
+        chat.session.constraint = Constraint.from_schema(read_schema(text))
+    if chat.session.constraint is not None and chat.tools:
+        note("answers have this format while there are no tools: /tools off takes them away")
+
+
 def set_words(chat: Chat) -> Iterable[str]:
     """What Tab offers behind /set."""
-    return [f"{name} " for name in (*_PARSERS, "overflow error", "overflow drop-oldest-turns")]
+    return [f"{name} " for name in (*_PARSERS, "overflow error", "overflow drop-oldest-turns", "format")]
 
 
 def show(chat: Chat, argument: str) -> None:
@@ -85,6 +103,8 @@ def show(chat: Chat, argument: str) -> None:
         shown = "off" if value is None or value == () else value
         talk(f"{item.name:20} {', '.join(map(repr, shown)) if isinstance(shown, tuple) else shown}")
     talk(f"{'overflow':20} {session.overflow}")
+    form = session.constraint
+    talk(f"{'format':20} {'off' if form is None else inert(f'{form.kind} {form.source}')}")
     talk(f"{'system':20} {'off' if session.system is None else inert(session.system)}")
     talk(f"{'tools':20} {', '.join(chat.tools) or 'off'}")
     talk(f"{'model':20} {session.model.name} ({session.model.backend_detail})")

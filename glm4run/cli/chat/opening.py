@@ -11,9 +11,10 @@ from rich.filesize import decimal
 from glm4run.cli.chat.on_conversation import show_last
 from glm4run.cli.chat.state import Chat, settings_record, warn
 from glm4run.cli.console import note
-from glm4run.errors import CheckpointError, UsageError
+from glm4run.errors import CheckpointError, Glm4RunError, UsageError
 
 if TYPE_CHECKING:
+    from glm4run.constraints import Constraint
     from glm4run.generate import LoadedModel
     from glm4run.kv_files import KVFiles
     from glm4run.sampling import SamplingParams
@@ -92,11 +93,12 @@ def resume(chat: Chat, name: str, *, given: dict[str, Any] | None = None, system
         system=system if system is not None else saved.values.get("system"),
         tools=before.tools,
         overflow=require_overflow(saved.values.get("overflow", before.overflow)),
+        constraint=_constraint(saved, before.constraint),
         conversation=saved.conversation,
         on_notice=warn,
         context=before._context,
         most_context_used=before.most_context_used,
-        prefill_tok_per_s=before.prefill_tok_per_s,
+        speed=before._speed,
     )
     if chat.files is not None:
         chat.files.close()
@@ -121,6 +123,17 @@ def _params(saved: Saved, default: SamplingParams, given: dict[str, Any]) -> Sam
     except (TypeError, UsageError):
         warn("the saved sampling settings cannot be read; the model's own are used")
         return replace(default, **given)
+
+
+def _constraint(saved: Saved, default: Constraint | None) -> Constraint | None:
+    from glm4run.constraints import Constraint
+
+    try:
+        stored = saved.values.get("format")
+        return Constraint.from_dict(stored) if isinstance(stored, dict) else default
+    except Glm4RunError as error:
+        warn(f"the format of answers that was saved is not used: {error.message}")
+        return default
 
 
 def _compare(session: Session, saved: Saved) -> None:

@@ -48,7 +48,8 @@ class Chat:
 
 def settings_record(session: Session) -> dict[str, Any]:
     """The settings of a session as a record of its journal."""
-    return {"params": asdict(session.params), "overflow": session.overflow}
+    form = None if session.constraint is None else session.constraint.as_dict()
+    return {"params": asdict(session.params), "overflow": session.overflow, "format": form}
 
 
 def warn(message: str) -> None:

@@ -15,6 +15,7 @@ from typing import TextIO
 from rich.cells import cell_len
 
 from glm4run.cli.chat.markdown import MarkdownStream, Piece
+from glm4run.cli.chat.tables import TableRow, TableWriter
 from glm4run.cli.console import write_error_text, write_text
 
 _CODES = {
@@ -25,7 +26,7 @@ _CODES = {
     "heading": "1;35",
     "dim": "2",
 }
-DEFAULT_WIDTH = 80
+DEFAULT_WIDTH, DEFAULT_HEIGHT = 80, 24
 # Control characters could move the cursor or change the terminal: text of a model or a tool never may.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -46,6 +47,20 @@ def terminal_width(stream: TextIO) -> int:
         return os.get_terminal_size(stream.fileno()).columns or DEFAULT_WIDTH
     except (OSError, ValueError):
         return DEFAULT_WIDTH
+
+
+def terminal_height(stream: TextIO) -> int:
+    """Rows of a terminal as it is now."""
+    try:
+        return os.get_terminal_size(stream.fileno()).lines or DEFAULT_HEIGHT
+    except (OSError, ValueError):
+        return DEFAULT_HEIGHT
+
+
+def styled(text: str, style: str) -> str:
+    """`text` with the codes of a style."""
+    code = _CODES.get(style)
+    return text if code is None else f"\x1b[{code}m{text}\x1b[0m"
 
 
 class Wrapper:
@@ -118,8 +133,7 @@ class Wrapper:
         self._word, self._word_cells = [], 0
 
     def _emit(self, text: str, style: str) -> None:
-        code = _CODES.get(style)
-        self._write(text if code is None else f"\x1b[{code}m{text}\x1b[0m")
+        self._write(styled(text, style))
         cells, width = cell_len(text), self._width()
         self._column += cells
         if self._column > width > 0:  # a word longer than the line: the terminal has wrapped it
@@ -133,6 +147,11 @@ class AnswerView:
         self._is_terminal = sys.stdout.isatty()
         self._markdown = None if is_raw or is_plain(sys.stdout) else MarkdownStream()
         self._wrapper = Wrapper(write_text, lambda: terminal_width(sys.stdout))
+        self._table = TableWriter(
+            lambda text, style: write_text(styled(text, style)),
+            lambda: terminal_width(sys.stdout),
+            lambda: terminal_height(sys.stdout),
+        )
         self._ends_line = True
         self.has_shown = False
 
@@ -147,7 +166,7 @@ class AnswerView:
             self._ends_line = text.endswith("\n")
             return
         for piece in self._markdown.push(safe):
-            self._wrapper.push(piece)
+            self._push(piece)
 
     def end(self) -> None:
         """The rest, and the end of the line."""
@@ -156,10 +175,19 @@ class AnswerView:
                 write_text("\n")
             return
         for piece in self._markdown.flush():
-            self._wrapper.push(piece)
+            self._push(piece)
+        self._table.end()
         self._wrapper.flush()
         if not self._wrapper.is_at_line_start:
             write_text("\n")
+
+    def _push(self, piece: Piece | TableRow) -> None:
+        if isinstance(piece, TableRow):
+            self._wrapper.flush()  # a line has ended: nothing but blanks is held
+            self._table.push(piece)
+        else:
+            self._table.end()
+            self._wrapper.push(piece)
 
 
 class ThoughtView:

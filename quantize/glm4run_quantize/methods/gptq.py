@@ -15,6 +15,9 @@ to the weight that comes closest to the source's output from the input at hand: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -63,8 +66,8 @@ def quantize_gptq(
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(len(diagonal), device=weight.device)
     factor = _inverse_factor(hessian, order)
-    steps, scales = [], []
-    for rows in weight.split(ROWS_AT_ONCE):  # rows have nothing to do with each other
+
+    def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         scale = search_scales(rows, scheme, scale_dtype, diagonal)
         q = _sweep(rows, factor, order, scale, scheme)
         for _ in range(rounds):
@@ -74,9 +77,26 @@ def quantize_gptq(
             ]
             scale = torch.cat(fitted)
             q = _descend(rows, hessian, q, scale, scheme)
-        steps.append(q)
-        scales.append(scale)
+        return q, scale
+
+    steps, scales = zip(*_on_all_cores(round_rows, weight), strict=True)
     return torch.cat(steps), torch.cat(scales)
+
+
+def _on_all_cores(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows have nothing to do with each other: each core takes some of its own.
+
+    Left to torch, all cores would share each of the thousands of small steps, and wait for one another after every one;
+    where another program holds a core, that takes many times as long as a single thread.
+    """
+    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
+    if threads == 1:
+        return [round_rows(rows) for rows in weight.split(ROWS_AT_ONCE)]
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(round_rows, weight.split(min(ROWS_AT_ONCE, -(-weight.shape[0] // threads)))))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:

@@ -221,6 +221,11 @@ def test_every_option_is_in_the_help_with_an_explanation(run: Run, name: str) ->
         ("generate", "x", "--min-p", "1"),
         ("generate", "x", "--repetition-penalty", "0"),
         ("generate", "x", "--stop", ""),
+        ("generate", "x", "--json-schema", "nowhere.json"),
+        ("generate", "x", "--json-schema", '{"uniqueItems": true}'),
+        ("generate", "x", "--json-schema", "{"),
+        ("generate", "x", "--regex", "(a"),
+        ("generate", "x", "--regex", "a", "--json-schema", "{}"),
         ("generate", "x", "--dtype", "int3"),
         ("generate", "x", "--device", "tpu"),
         ("generate", "x", "--backend", "magic", "-m", "small"),
@@ -436,6 +441,54 @@ def test_batch_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     again = run(*words)
     assert (again.code, target.read_bytes()) == (0, before)
     assert "2 answers are in" in again.err
+
+
+def test_answers_have_the_form_that_was_asked_for(ask: Run, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, "b"]}, "minItems": 1, "maxItems": 2}')
+    words = ("--temperature", "1", "--seed", "3", "--max-tokens", "300")
+    answer = ask("--json-schema", schema, *words, "--json").json()
+    assert list(answer) == [*GENERATE_KEYS, "valid"]
+    assert answer["valid"] is True and set(json.loads(answer["text"])) <= {1, "b"}
+    text = ask("--json-schema", schema.read_text(), *words)
+    assert (text.code, json.loads(text.out)) == (0, json.loads(answer["text"]))
+    assert "as it is whole" in text.err
+    assert re.fullmatch(r"[xy]{5}\n", ask("--regex", "[xy]{5}").out)
+
+
+def test_an_answer_that_was_cut_short_is_not_printed_as_valid(ask: Run) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    words = ("--regex", "[ab]{20}", "--max-tokens", "5")
+    cut = ask(*words)
+    assert (cut.code, cut.out) == (1, "")
+    assert re.search("not printed, because it is not what was asked for: [ab]{4}$", cut.err, re.MULTILINE)
+    assert "error: the answer ended by max_tokens and is not valid: it does not match" in cut.err
+    assert "hint: a larger --max-tokens" in cut.err
+    cut = ask(*words, "--json")
+    assert cut.code == 1
+    assert (cut.json()["valid"], cut.json()["finish_reason"]) == (False, "max_tokens")
+
+
+def test_each_line_of_a_batch_may_have_a_form_of_its_own(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": "a", "json_schema": {"enum": [7]}},
+        {"prompt": "b", "regex": "[xy]{3}"},
+        {"prompt": "c"},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("generate", "-m", "talker", "--input", source, "--output", target, "--dtype", "fp32")
+    assert run(*words, "--regex", "z{9}", "--max-tokens", "6").code == 0
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert answers[0]["text"] == "7" and re.fullmatch("[xy]{3}", answers[1]["text"])
+    assert [answer["valid"] for answer in answers] == [True, True, False]
+    assert answers[2]["text"] == "z" * 5  # the command line's, cut short
+    source.write_text(json.dumps({"prompt": "a", "json_schema": {"uniqueItems": True}}) + "\n")
+    refused = run(*words)
+    assert refused.code == 2
+    assert "in.jsonl, line 1: the schema has the keyword 'uniqueItems'" in refused.err
 
 
 def test_broken_weights_end_with_an_error_in_json_too(run: Run, tmp_path: Path) -> None:

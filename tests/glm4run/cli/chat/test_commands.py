@@ -125,6 +125,18 @@ def test_settings(chat: Run) -> None:
     assert "hint: /retry temperature=1" in result.err
 
 
+def test_the_format_of_answers(chat: Run) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    lines = ["/set format regex [xy]{2}", "hello", "/set format regex z{9}", "and you?", "/set format {}x", "/show"]
+    result = chat("\n".join([*lines, "/set format off", "/save formed", ""]))
+    assert re.fullmatch("[xy]{2}\nzzz\n", result.out)
+    assert "notice: the answer has not the format that was set: it does not match" in result.err
+    assert "error: the schema is not JSON" in result.err
+    assert re.search(r"format +regex z\{9\}", result.err)
+    chat('/set format {"type": "null"}\n', "--resume", "formed")
+    assert re.search(r"format +json_schema \{\"type\": \"null\"\}", chat("/show\n", "--resume", "formed").err)
+
+
 def test_system_message_and_its_place_in_the_ledger(chat: Run) -> None:
     result = chat("/system be brief\n/system\nhello\n/ctx\n/system off\n/ctx\n")
     assert "be brief" in result.err.splitlines()

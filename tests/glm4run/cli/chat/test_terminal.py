@@ -102,7 +102,10 @@ def numbered(count: int) -> str:
 
 
 def test_every_line_is_in_the_scrollback_once_in_ten_rows(start: Start) -> None:
-    with start([numbered(20)], size=(10, 40)) as terminal:
+    table = "| nr | 名字 | what it is |\n|--:|---|---|\n"
+    table += "".join(f"| {n} | 名{n} | **row** {n} of a table |\n" for n in range(1, 31))
+    nested = "\n".join(f"{'  ' * (n % 4)}- item {n} of a list that is nested" for n in range(12))
+    with start([numbered(20), f"{table}\n{nested}\n```\nx = {{}}\n```\nend"], size=(10, 40)) as terminal:
         terminal.type(f"go{ENTER}")
         terminal.wait_for(STATUS)
         terminal.wait_for_prompt()
@@ -111,6 +114,16 @@ def test_every_line_is_in_the_scrollback_once_in_ten_rows(start: Start) -> None:
         assert "**" not in terminal.text() and "`" not in terminal.text().split("> go")[1]
         for line in terminal.text().splitlines():
             assert not re.search(r"\b(whic|wor|fe)$", line)  # no word is cut
+        terminal.type(f"table{ENTER}")
+        terminal.wait_for(r"\nend\n")
+        terminal.wait_for(STATUS)
+        terminal.wait_for_prompt()
+        shown = terminal.text().split("> table")[1]
+        rows = re.findall(r"^ *(\d+) │ 名\s?(\d+) +│ row (\d+) of a", shown, re.MULTILINE)
+        assert rows == [(str(n),) * 3 for n in range(1, 31)]
+        assert re.search(r"^nr │ 名\s?字\s+│ what it is", shown, re.MULTILINE)
+        assert re.findall(r"^( *)• item (\d+) of", shown, re.MULTILINE) == [("  " * (n % 4), str(n)) for n in range(12)]
+        assert shown.count("x = {}") == 1
         terminal.type(f"/help{ENTER}")
         terminal.wait_for("//like")
         terminal.type(CTRL_D)

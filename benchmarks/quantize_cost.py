@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Memory and time of `glm4run quantize` by method, on layers of a member's full width; the whole model extrapolated.
+
+    python benchmarks/quantize_cost.py --work DIR [--member GLM-4-9B-0414] [--methods rtn mse hqq awq gptq]
+        [--calibration-tokens 4096] [--layers 1 2] [-o JSON]
+
+Makes synthetic bf16 checkpoints of the member with so many layers, packs each by each method in a process of its own,
+and reads that process's largest resident size. A layer takes the difference of the two times; the whole model the first
+time, and its other layers. A calibrated method's time grows with its tokens: give as many as will be used, or scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from glm4run.cards import load_cards
+from glm4run.machine import commit, cpu_name
+
+CALIBRATED = ("awq", "gptq")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--member", choices=sorted(load_cards()), default="GLM-4-9B-0414")
+    parser.add_argument("--methods", nargs="*", default=["rtn", "mse", "hqq", "awq", "gptq"])
+    parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--layers", type=int, nargs=2, default=(1, 2), metavar=("FEW", "MORE"))
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    sources = [synthesize(args.member, layers, args.work) for layers in args.layers]
+    whole = load_cards()[args.member].config.num_hidden_layers
+    rows = []
+    for method in args.methods:
+        options = ["--method", method]
+        if method in CALIBRATED:
+            options += ["--calibration-tokens", str(args.calibration_tokens)]
+        few, more = (pack(source, args.work / "packed", options) for source in sources)
+        layer_s = (more["seconds"] - few["seconds"]) / (args.layers[1] - args.layers[0])
+        row: dict[str, Any] = {"method": method, "peak_rss_bytes": max(few["peak_rss_bytes"], more["peak_rss_bytes"])}
+        row |= {"few": few, "more": more, "s_per_layer": round(layer_s, 1)}
+        row["s_whole_model"] = round(few["seconds"] + (whole - args.layers[0]) * layer_s)
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    facts = {"machine": cpu_name(), "commit": commit(), "member": args.member, "layers": list(args.layers)}
+    facts |= {"calibration_tokens": args.calibration_tokens, "rows": rows}
+    if args.output is not None:
+        args.output.write_text(json.dumps(facts, indent=2) + "\n")
+    print(table(rows))
+
+
+def synthesize(member: str, layers: int, work: Path) -> Path:
+    """A bf16 checkpoint of random weights; made once."""
+    folder = work / f"source-{layers}"
+    if not folder.is_dir():
+        script = Path(__file__).with_name("synthesize.py")
+        command = [sys.executable, str(script), member, "--bits", "16", "--layers", str(layers), "-o", str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def pack(source: Path, target: Path, options: list[str]) -> dict[str, Any]:
+    """Seconds, MB of the source a second, and peak resident bytes of one run."""
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "glm4run", "quantize", str(source), "-o", str(target), *options]
+    started = time.monotonic()
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.monotonic() - started
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return {
+        "seconds": round(seconds, 1),
+        "processor_s": round(usage.ru_utime + usage.ru_stime, 1),
+        "source_mb_per_s": round(nbytes / seconds / 1e6),
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| method | peak resident | source read | a layer | the whole model |", "|---|---|---|---|---|"]
+    lines += [
+        f"| `{r['method']}` | {r['peak_rss_bytes'] / 1e9:.2f} GB | {r['more']['source_mb_per_s']} MB/s "
+        f"| {r['s_per_layer']:.1f} s | {r['s_whole_model'] / 60:.0f} min |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
