@@ -393,7 +393,8 @@ def test_one_token_beyond_what_yarn_reaches_is_refused_before_a_weight_is_read(
 ) -> None:
     """A fine-tuned copy of the 0414 series has no card of its own: its architecture says how far it stretches."""
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
-    folder = write_checkpoint(tmp_path / "m", "glm4", **({"rope_scaling": yarn} if in_file else {}))
+    changes: dict[str, Any] = {"rope_scaling": yarn} if in_file else {}
+    folder = write_checkpoint(tmp_path / "m", "glm4", **changes)
     assert load_model(folder, context_len=2048).plan.context_len == 2048
     monkeypatch.setattr("glm4run.loading.TensorLoader", None)
     with pytest.raises(DoesNotFitError, match="2049 tokens was asked for, this model has 2048"):

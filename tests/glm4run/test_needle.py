@@ -133,7 +133,7 @@ def test_what_does_not_fit_or_makes_no_sense_is_refused_before_any_compute(tiny:
         search(model, TEXT, lengths=(513,))
     for bad in ({"lengths": (64,)}, {"depths": (-1,)}, {"depths": (101,)}, {"count": 0}, {"count": 99}):
         with pytest.raises(UsageError):
-            search(model, TEXT, **bad)  # type: ignore[arg-type]
+            search(model, TEXT, **bad)
     with pytest.raises(UsageError, match="too few for a haystack"):
         search(model, Text("short", "hello.", "-"), lengths=(256,))
     assert network.fed == 0

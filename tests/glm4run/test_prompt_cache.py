@@ -96,7 +96,8 @@ def test_logits_with_and_without_are_the_same_to_the_bit(tmp_path: Path, which: 
     def logits(context: Context) -> torch.Tensor:
         model.prefill(ids[:-1], context)
         with torch.inference_mode():
-            return model.model(torch.tensor(ids[-1:]), context.cache)[-1].clone()
+            last: torch.Tensor = model.model(torch.tensor(ids[-1:]), context.cache)[-1].clone()
+            return last
 
     cache = PromptCache(model, root=tmp_path / "prompts")
     other = model.new_context()
@@ -134,7 +135,7 @@ def test_nothing_is_written_before_keep(tiny: LoadedModel, tmp_path: Path) -> No
     steps = kept.model.stream(PROMPT, GREEDY)
     next(steps)
     assert files(tmp_path) == []
-    steps.close()
+    del steps  # an answer that nobody hears to its end
     kept.cache.keep()
     assert len(files(tmp_path)) == 3
 
@@ -197,7 +198,7 @@ def test_a_piece_that_another_process_removes_meanwhile_is_no_problem(
 ) -> None:
     kept = Kept(tiny, tmp_path)
     expected, _ = kept.ask(PROMPT)
-    load = prompt_cache.load_piece
+    from glm4run.kv_files import load_piece as load
 
     def remove_first(piece: Any, *rest: Any) -> None:
         if piece.start == PIECE_TOKENS:
@@ -238,7 +239,7 @@ def test_a_prompt_larger_than_the_bound_is_kept_as_far_as_it_goes(tiny: LoadedMo
 
 
 def test_the_bound_is_a_share_of_the_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_store.shutil, "disk_usage", lambda _: type("U", (), {"free": 1000})())
+    monkeypatch.setattr("glm4run.prompt_store.shutil.disk_usage", lambda _: type("U", (), {"free": 1000})())
     assert prompt_store.Room(1 << 40, tmp_path).bound == 200
     assert prompt_store.Room(50, tmp_path).bound == 50
 
