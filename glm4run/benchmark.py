@@ -154,8 +154,7 @@ def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
             total += module.nbytes
         elif isinstance(module, nn.Linear):
             total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-    config = model.config
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.model.dtype.itemsize
+    cache = model.plan.bytes_of("kv_cache") // model.plan.context_len
     return total // min(tokens, model.plan.chunk) + depth * cache
 
 

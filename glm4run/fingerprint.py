@@ -35,11 +35,12 @@ def of_computation(model: LoadedModel) -> dict[str, str]:
     packed = None if config.quantization is None else asdict(config.quantization)
     if packed is None and model.backend != "dense":  # packed while it was loaded
         packed = {"backend": model.backend, "bytes": model.plan.weight_bytes}
+    kept = model.memory_run.kv_format
     return {
         "weights": _digest(b"".join(map(_weight_file, sorted(model.folder.glob("*.safetensors"))))),
         "quantization": _digest(json.dumps(packed, sort_keys=True, default=str).encode()),
         "rope": _digest(repr(rope).encode()),
-        "cache": str(model.model.dtype).removeprefix("torch."),
+        "cache": str(model.model.dtype).removeprefix("torch.") + (f", {kept} bits" if kept.is_quantized else ""),
     }
 
 

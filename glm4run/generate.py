@@ -23,6 +23,7 @@ from glm4run.errors import DoesNotFitError, GenerationError, UsageError
 from glm4run.guard import DeadTokens, after_a_loop, diagnose, first_nonfinite
 from glm4run.kernels import Activations
 from glm4run.kv_cache import KVCache
+from glm4run.kv_format import KVFormat, parse_kv_bits
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
 from glm4run.memory import GIB, MemoryPlan, Run, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
@@ -101,8 +102,14 @@ class LoadedModel:
 
     def new_context(self) -> Context:
         """An empty conversation of the planned length."""
-        dtype = self.model.dtype
-        return Context(KVCache(self.config, self.plan.context_len, dtype=dtype, device=self.device))
+        cache = KVCache(
+            self.config,
+            self.plan.context_len,
+            dtype=self.model.dtype,
+            device=self.device,
+            kv_format=self.memory_run.kv_format,
+        )
+        return Context(cache)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -449,7 +456,7 @@ def load_model(
     activations: Activations = "auto",
     quantize_on_load: str | None = None,
     threads: int | None = None,
-    kv_bits: int = 16,
+    kv_bits: int | str | KVFormat = 16,
     context_len: int | None = None,
     rope_theta: float | None = None,
     yarn: str = "auto",
@@ -459,7 +466,8 @@ def load_model(
 
     Args:
         path: the folder. device: auto, cpu, cuda, cuda:N. dtype: auto, bf16, fp16, fp32.
-        backend: auto, or the name of one, which then never falls back. kv_bits: 16 is what this version has.
+        backend: auto, or the name of one, which then never falls back.
+        kv_bits: of the cache: 16 (as computed), 8 or 4; keys and values apart as "8:4".
         activations: how they meet packed weights. auto takes the faster form where its loss is negligible; int8, bf16.
         quantize_on_load: how to pack a dense folder while it is loaded, by bitsandbytes (nf4, fp4, int8) or
             optimum-quanto (qint8, qint4).
@@ -470,8 +478,7 @@ def load_model(
     Raises:
         Glm4RunError: with what to do. See `loading.load_weights`.
     """
-    if kv_bits != 16:
-        raise UsageError(f"kv_bits is {kv_bits}; this version keeps keys and values in 16 bits or wider")
+    kv_format = parse_kv_bits(kv_bits)
     folder = Path(path)
     started = time.perf_counter()
     return_large_blocks()
@@ -489,6 +496,7 @@ def load_model(
             context_len=context_len,
             rope_theta=rope_theta,
             yarn=yarn,
+            kv_format=kv_format,
             progress=progress,
             held_bytes=held,
         )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from glm4run.config import ModelConfig
-from glm4run.kv_rows import KVLayer, KVRows
+from glm4run.kv_format import KVFormat
+from glm4run.kv_rows import KVLayer, new_rows
 
 
 class KVCache:
@@ -20,24 +21,39 @@ class KVCache:
     `position`; `advance` moves it once all layers have written.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
+    ) -> None:
         self.capacity = capacity
         self.position = 0
-        shape = (config.num_key_value_heads, capacity, config.head_dim)
+        self.format = kv_format
+        heads, width = config.num_key_value_heads, config.head_dim
 
-        def rows() -> KVRows:
-            # `empty`: a page costs memory only once a token has been written to it.
-            return KVRows(torch.empty(shape, dtype=dtype, device=device))
+        def layer() -> KVLayer:
+            keys, values = (
+                new_rows(heads, capacity, width, bits, dtype=dtype, device=device)
+                for bits in (kv_format.key_bits, kv_format.value_bits)
+            )
+            return KVLayer(keys, values)
 
-        self.layers = [KVLayer(rows(), rows()) for _ in range(config.num_hidden_layers)]
+        self.layers = [layer() for _ in range(config.num_hidden_layers)]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes key and value [KVH, T, D] behind `position`; returns views [KVH, position + T, D] of all so far."""
+        """Writes key and value [KVH, T, D] behind `position`; returns all so far [KVH, position + T, D], as they read.
+
+        Those are views where the cache holds floats.
+        """
         end = self.require(key.shape[1])
-        keys, values = self.layers[layer].keys.data, self.layers[layer].values.data
-        keys[:, self.position : end] = key
-        values[:, self.position : end] = value
-        return keys[:, :end], values[:, :end]
+        keys, values = self.layers[layer].keys, self.layers[layer].values
+        keys.write(self.position, key)
+        values.write(self.position, value)
+        return keys.read(end), values.read(end)
 
     def require(self, count: int) -> int:
         """The position behind `count` more tokens. Raises ValueError where they do not fit."""
@@ -59,7 +75,7 @@ class KVCache:
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The memory of a layer, by name; the token axis second."""
-        return {"keys": self.layers[layer].keys.data, "values": self.layers[layer].values.data}
+        return self.layers[layer].tensors()
 
     def rows(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
         """What a layer holds of the tokens `start` to `end`, by name: views, the token axis second."""

@@ -16,6 +16,7 @@ from glm4run.config import ModelConfig, read_config
 from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.kernels import ACTIVATIONS, Activations, Backend, LinearSpec, select_backend
 from glm4run.kernels.cpu.library import native, why_missing
+from glm4run.kv_format import KVFormat
 from glm4run.layer_stack import native_stack
 from glm4run.machine import default_threads
 from glm4run.memory import MemoryPlan, Run
@@ -105,6 +106,7 @@ def load_weights(
     context_len: int | None = None,
     rope_theta: float | None = None,
     yarn: str = "auto",
+    kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
     held_bytes: int | None = None,
 ) -> LoadedWeights:
@@ -136,7 +138,7 @@ def load_weights(
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
-        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops)
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=ops)
@@ -243,6 +245,7 @@ def planned_run(
     dtype: torch.dtype,
     held_bytes: int | None,
     ops: Ops,
+    kv_format: KVFormat,
 ) -> Run:
     """What is about to be loaded and run, as `memory` plans it."""
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
@@ -268,7 +271,7 @@ def planned_run(
     computes = weights.compute(
         config, dtype=dtype_name, device=device.type, native_attention=on_cpu and isinstance(ops, NativeOps)
     )
-    return Run(weights, computes, overhead)
+    return Run(weights, computes, overhead, kv_bits=kv_format.key_bits, value_bits=kv_format.value_bits)
 
 
 def input_dtype(module: str, dtype: torch.dtype) -> torch.dtype:

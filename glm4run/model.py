@@ -52,9 +52,14 @@ class Attention(nn.Module):
         query = self.ops.rope(query, self.head_dim, *rope)
         key = self.ops.rope(key, self.head_dim, *rope)
         value = split_heads(value, self.head_dim)
-        if cache is not None:
-            key, value = cache.append(self.layer, key, value)
-        out: Tensor = self.o_proj(self.ops.attention(query, key, value).to(branch))
+        if cache is None:
+            attended = self.ops.attention(query, key, value)
+        else:
+            kept, end = cache.layers[self.layer], cache.require(x.shape[-2])
+            self.ops.append(kept, cache.position, key, value)
+            del key, value  # attention reads the cache
+            attended = self.ops.attend(query, kept, end)
+        out: Tensor = self.o_proj(attended.to(branch))
         return out
 
 

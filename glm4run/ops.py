@@ -12,7 +12,7 @@ from torch import Tensor
 from glm4run.attention import grouped_query_attention
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import why_missing
-from glm4run.kv_rows import KVLayer, KVRows
+from glm4run.kv_rows import KVLayer, KVRows, attend_turned
 from glm4run.layers import rms_norm
 from glm4run.memory import attends_natively
 from glm4run.rope import apply_rope
@@ -38,6 +38,17 @@ class Ops:
         """`attention.grouped_query_attention`: query [..., H, T, D] to [..., T, H * D]."""
         return grouped_query_attention(query, key, value)
 
+    def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
+        """Keeps key and value [KVH, T, D] from position `start` on."""
+        cache.keys.write(start, key)
+        cache.values.write(start, value)
+
+    def attend(self, query: Tensor, cache: KVLayer, end: int) -> Tensor:
+        """`attention` over the first `end` positions of a cache: query [H, T, D] to [T, H * D]."""
+        if cache.is_quantized:
+            return attend_turned(query, cache, end, grouped_query_attention)
+        return self.attention(query, cache.keys.read(end), cache.values.read(end))
+
 
 class NativeOps(Ops):
     """The operations in the native library, where it takes the tensors."""
@@ -54,6 +65,21 @@ class NativeOps(Ops):
         if x.ndim != 2 or 2 * cos.shape[-1] > native.MAX_ROTARY_DIM or not native.runs(x, cos, sin):
             return super().rope(x, head_dim, cos, sin)
         return split_heads(native.rope_(x, head_dim, cos, sin), head_dim)
+
+    def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
+        rows = key.stride(-1) == value.stride(-1) == 1 and key.stride() == value.stride() and key.dtype == value.dtype
+        if rows and native.takes(key, value) and native.takes_cache(cache, key.shape[-1]):
+            native.append(cache, start, key, value)
+        else:
+            super().append(cache, start, key, value)
+
+    def attend(self, query: Tensor, cache: KVLayer, end: int) -> Tensor:
+        heads, tokens, head_dim = query.shape
+        suits = tokens <= native.FEW_TOKENS or attends_natively(heads, cache.keys.data.shape[0])
+        takes = cache.is_quantized and native.takes(query) and native.takes_cache(cache, head_dim)
+        if suits and takes and query.stride(-1) == 1:
+            return native.attention(query, cache, end)
+        return super().attend(query, cache, end)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         alone = query.ndim == 3 and (

@@ -16,6 +16,7 @@ from glm4run.config import ModelConfig
 from glm4run.kernels import LinearSpec
 from glm4run.kernels.torch_ops import TorchBackend
 from glm4run.kv_cache import KVCache
+from glm4run.kv_format import parse_kv_bits
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import input_dtype
 from glm4run.memory import Stored, stored_tensors
@@ -138,9 +139,11 @@ def weight_bytes(model: nn.Module) -> int:
     return held + sum(m.prepacked.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
 
 
-def trace_forward(model: Glm4Model, context: int, chunk: int, *, every_position: bool = False) -> MemoryTrace:
+def trace_forward(
+    model: Glm4Model, context: int, chunk: int, *, every_position: bool = False, kept: str = "16"
+) -> MemoryTrace:
     """The last chunk of a prompt that fills a context; `every_position`: with the logits of all of the chunk."""
-    cache = KVCache(model.config, context, dtype=model.dtype, device=META)
+    cache = KVCache(model.config, context, dtype=model.dtype, device=META, kv_format=parse_kv_bits(kept))
     cache.position = context - chunk
     ids = torch.zeros(chunk, dtype=torch.long, device=META)
     out = torch.empty(chunk, model.config.vocab_size, device=META)

@@ -34,6 +34,7 @@ def bench(
     quantize_on_load: options.QuantizeOnLoad = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    kv_bits: options.KVBits = "16",
     threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
@@ -57,6 +58,7 @@ def bench(
             threads=threads,
             rope_theta=None,
             yarn="auto",
+            kv_bits=kv_bits,
         )
         if loaded.device.type == "cpu":
             reading.start()

@@ -69,6 +69,7 @@ def eval(
     quantize_on_load: options.QuantizeOnLoad = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    kv_bits: options.KVBits = "16",
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
     yarn: options.Yarn = "auto",
@@ -83,6 +84,7 @@ def eval(
         "yarn": yarn,
     }
     ours: dict[str, Any] = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
+    ours["kv_bits"] = kv_bits  # the reference's cache is not quantized, so that a model can be its own reference
     if needle:
         _refuse("--needle", reference, reference_logits, save_logits, stride, windows, max_tokens)
         _search(model, text, ctx, lengths, depths, needles, seed, score, as_json=as_json, **ours, **common)
@@ -115,6 +117,7 @@ def eval(
         "backend": loaded.backend_detail,
         "bits_per_weight": round(evaluation.bits_per_weight(loaded), 4),
         "reference": _reference_name(against),
+        "kv_bits": str(loaded.memory_run.kv_format),
     }
     if as_json:
         write_json(_as_json(result, facts))
@@ -227,7 +230,8 @@ def _print(result: Evaluation, facts: dict[str, Any]) -> None:
     lines = {
         "text": f"{result.text.name}, {result.summary.tokens:,} tokens scored: {result.windows} windows of "
         f"{result.cut.context}, {scored}",
-        "model": f"{facts['model']}, {facts['bits_per_weight']:.2f} bits per weight, backend {facts['backend']}",
+        "model": f"{facts['model']}, {facts['bits_per_weight']:.2f} bits per weight, backend {facts['backend']}, "
+        f"cache of {facts['kv_bits']} bits",
         "perplexity": _plain(result.summary.perplexity),
     }
     if divergence is not None:

@@ -50,6 +50,7 @@ def generate(
     activations: options.Activations = "auto",
     quantize_on_load: options.QuantizeOnLoad = None,
     dtype: options.Dtype = "auto",
+    kv_bits: options.KVBits = "16",
     ctx: options.Ctx = None,
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
@@ -76,6 +77,7 @@ def generate(
         threads=threads,
         rope_theta=rope_theta,
         yarn=yarn,
+        kv_bits=kv_bits,
         needs_chat=chat is True,
     )
     loaded = options.with_kept_prompts(loaded, kept_bytes)

@@ -73,6 +73,7 @@ def _as_json(
     return {
         "model": loaded.name,
         "backend": loaded.backend_detail,
+        "kv_bits": str(loaded.memory_run.kv_format),
         "context": loaded.plan.context_len,
         "score": score,
         "retrieves": grid.retrieves(score),

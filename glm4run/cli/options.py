@@ -11,6 +11,7 @@ from glm4run.cli.console import byte_progress, note, talk
 from glm4run.config import read_config
 from glm4run.dialects import Dialect
 from glm4run.errors import UsageError
+from glm4run.kv_format import parse_kv_bits
 from glm4run.memory import parse_bytes, parse_size
 from glm4run.model_folders import (
     FoundModel,
@@ -40,6 +41,9 @@ QuantizeOnLoad = Annotated[
 ]
 Activations = Annotated[
     str, typer.Option(help="How activations meet packed weights: auto, int8 (fastest), int16 or bf16 (as they are)")
+]
+KVBits = Annotated[
+    str, typer.Option(help="Bits of keys and values in the cache: 16, 8 or 4; keys and values apart as 8:4")
 ]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 or fp32")]
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
@@ -126,6 +130,7 @@ def load(
     threads: int | None,
     rope_theta: float | None,
     yarn: str,
+    kv_bits: str = "16",
     quantize_on_load: str | None = None,
     needs_chat: bool = False,
 ) -> tuple[FoundModel, LoadedModel]:
@@ -134,6 +139,7 @@ def load(
     With `needs_chat` a model that cannot hold a conversation is refused before anything is loaded.
     """
     context_len = parse_context(ctx)
+    kv_format = parse_kv_bits(kv_bits)
     found = find_model(model)
     if needs_chat:
         require_chat(found)
@@ -153,6 +159,7 @@ def load(
             context_len=context_len,
             rope_theta=rope_theta,
             yarn=yarn,
+            kv_bits=kv_format,
             progress=progress,
         )
     _announce(found, loaded)
@@ -171,10 +178,12 @@ def _announce(found: FoundModel, loaded: LoadedModel) -> None:
     from rich.filesize import decimal
 
     dtype = str(loaded.model.dtype).removeprefix("torch.")
+    kept = loaded.memory_run.kv_format
+    cache = f" in a cache of {kept} bits" if kept.is_quantized else ""
     note(
         f"{found.name}: {decimal(loaded.plan.weight_bytes)} of weights, "
         f"backend {loaded.backend_detail} ({loaded.backend_reason}), "
-        f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens, loaded in {loaded.load_s:.1f} s"
+        f"{dtype} on {loaded.device}, context {loaded.plan.context_len} tokens{cache}, loaded in {loaded.load_s:.1f} s"
     )
     quality = describe_report(read_provenance(found.folder))
     if quality is not None:

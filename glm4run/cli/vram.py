@@ -43,7 +43,7 @@ def vram(
     ] = None,
     ctx: Annotated[str | None, typer.Option(help="Contexts in tokens, such as 1k,63k,128k")] = None,
     bits: Annotated[str | None, typer.Option(help="Bits of the weights, of 16,8,4,nf4")] = None,
-    kv_bits: Annotated[str, typer.Option(help="Bits of the cache, of 16,8,4; below 16 is an estimate")] = "16",
+    kv_bits: Annotated[str, typer.Option(help="Bits of the cache, of 16,8,4")] = "16",
     head_bits: Annotated[str, typer.Option(help="Bits of lm_head, of 16,8")] = "8",
     group_size: Annotated[int | None, typer.Option(help="32, 64 or 128; default: quantize's recipe")] = None,
     embed: Annotated[str, typer.Option(help="Where the embedding lies: gpu, or host (an estimate)")] = "gpu",

@@ -8,7 +8,6 @@ from glm4run.memory.calibration import Calibration, calibrated_cpu, read_calibra
 from glm4run.memory.overhead import Overhead, device_overhead, process_overhead, tokenizer_bytes
 from glm4run.memory.plan import (
     HEADROOM_BYTES,
-    RUNTIME_KV_BITS,
     SMALLER_CHUNKS,
     Run,
     choose_plan,
@@ -27,7 +26,6 @@ __all__ = [
     "HEADROOM_BYTES",
     "MIB",
     "PREFILL_CHUNK",
-    "RUNTIME_KV_BITS",
     "SMALLER_CHUNKS",
     "WEIGHT_TERMS",
     "Calibration",

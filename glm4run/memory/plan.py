@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from glm4run.config import ModelConfig
+from glm4run.kv_format import KVFormat, row_bytes, tensor_widths
 from glm4run.memory.allocator import reserved_for_equal
 from glm4run.memory.heap import kept_block_bytes
 from glm4run.memory.overhead import Overhead
 from glm4run.memory.sizes import MIB, tokens_text
-from glm4run.memory.terms import PREFILL_CHUNK, Kind, MemoryPlan, Term
+from glm4run.memory.terms import PREFILL_CHUNK, MemoryPlan, Term
 from glm4run.memory.weights import Weights
 from glm4run.memory.workspace import MAX_LOGITS_BYTES, Compute, forward_peak
 
 SMALLER_CHUNKS = (256, 128, 64)  # what a context that would not fit otherwise is tried with
-RUNTIME_KV_BITS = (16,)  # what this version's cache can hold; vram also estimates 8 and 4
 HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is not weights
 # Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
 FRAGMENTATION_BYTES = 64 * MIB
@@ -43,25 +43,26 @@ class Run:
     compute: Compute
     overhead: Overhead
     chunk: int = PREFILL_CHUNK
-    kv_bits: int = 16
+    kv_bits: int = 16  # of keys, and of values unless `value_bits` says otherwise
     logits_rows: int = 1  # k + 1 where k drafted tokens are verified at once
     every_logits: bool = False  # the logits of every position are kept, as `LoadedModel.logits` returns them
     extra_terms: Callable[[int], tuple[Term, ...]] = _nothing_more  # at a context: a draft model, other buffers
     not_here: Mapping[str, int] = dataclasses.field(default_factory=dict)  # weight classes kept elsewhere, in bytes
+    value_bits: int | None = None
 
     @property
     def config(self) -> ModelConfig:
         return self.compute.config
 
+    @property
+    def kv_format(self) -> KVFormat:
+        """How keys and values are kept."""
+        return KVFormat(self.kv_bits, self.kv_bits if self.value_bits is None else self.value_bits)
+
 
 def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:
     """Keys and values of one token over all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype_bytes
-
-
-def kv_row_bytes(head_dim: int, kv_bits: int, dtype_bytes: int) -> int:
-    """One key (or value) of one head: as computed at 16 bits; int8 with a 16-bit scale; int4 with scale and zero."""
-    return {16: head_dim * dtype_bytes, 8: head_dim + 2, 4: head_dim // 2 + 4}[kv_bits]
 
 
 def every_logits_bytes(config: ModelConfig, tokens: int) -> int:
@@ -73,21 +74,26 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     """The plan of sequences of up to `context_len` tokens. No term shrinks as the context, batch or chunk grows."""
     compute, config = run.compute, run.config
     chunk = min(run.chunk, context_len)
-    rows = 2 * config.num_hidden_layers * config.num_key_value_heads
-    row_bytes = kv_row_bytes(config.head_dim, run.kv_bits, compute.dtype_bytes)
-    kv_cache = rows * row_bytes * context_len * compute.batch
-    moment = forward_peak(compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits)
+    kv_format = run.kv_format
+    key_bytes, value_bytes = (
+        row_bytes(config.head_dim, bits, compute.dtype_bytes) for bits in (kv_format.key_bits, kv_format.value_bits)
+    )
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    kv_cache = heads * (key_bytes + value_bytes) * context_len * compute.batch
+    moment = forward_peak(
+        compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits, kv_format=kv_format
+    )
     attention = sum(moment.tensors.get(name, 0) for name in ATTENTION)
     logits = sum(moment.tensors.get(name, 0) for name in LOGITS)
     weights = _weight_terms(run)
     result = every_logits_bytes(config, context_len) * compute.batch if run.every_logits else 0
     staying = sum(term.bytes for term in weights) + kv_cache + moment.bytes + result
-    per_tensor = f"2 x {config.num_hidden_layers} layers x {config.num_key_value_heads} KV heads x {row_bytes} B"
+    each = f"2 x {key_bytes}" if key_bytes == value_bytes else f"({key_bytes} + {value_bytes})"
+    per_token = f"{config.num_hidden_layers} layers x {config.num_key_value_heads} KV heads x {each} B"
     batch = f" x {compute.batch} sequences" if compute.batch > 1 else ""
-    kv_kind: Kind = "exact" if run.kv_bits in RUNTIME_KV_BITS else "modelled"
     terms = [
         *weights,
-        Term("kv_cache", kv_cache, kv_kind, f"{per_tensor} x {context_len} tokens{batch}"),
+        Term("kv_cache", kv_cache, "exact", f"{per_token} x {context_len} tokens{batch}"),
         Term(
             "prefill_activations",
             moment.bytes - attention - logits,
@@ -102,7 +108,7 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     ]
     loading = max(0, run.weights.loading_peak_bytes - sum(run.not_here.values()) - staying)
     if compute.device == "cuda":
-        slack = _slack(run, context_len, row_bytes)
+        slack = _slack(run, context_len)
         terms.append(Term("allocator_slack", slack, "modelled", "2 MiB segments of weights and cache, fragments"))
     else:
         converted = min(MOST_LOADING_SLACK_BYTES, run.weights.converted_bytes // LOADING_SLACK_SHARE)
@@ -148,16 +154,19 @@ def _attention_formula(tensors: Mapping[str, int], context_len: int) -> str:
     return f"at {tokens_text(context_len)}: " + (", ".join(parts) or "another step is fuller")
 
 
-def _slack(run: Run, context_len: int, row_bytes: int) -> int:
+def _slack(run: Run, context_len: int) -> int:
     """What the caching allocator reserves beyond the tensors' own bytes.
 
     Weights and cache are replayed; a cache tensor in a shared segment counts as if its segment were its own, so that
     the sum never shrinks as the context grows.
     """
     config = run.config
-    tensor = config.num_key_value_heads * row_bytes * context_len * run.compute.batch
-    count = 2 * config.num_hidden_layers
-    cache = reserved_for_equal(tensor, count) - count * tensor
+    rows = config.num_key_value_heads * context_len * run.compute.batch
+    cache = 0
+    for bits in (run.kv_format.key_bits, run.kv_format.value_bits):
+        for width in tensor_widths(config.head_dim, bits, run.compute.dtype_bytes):
+            tensor, count = rows * width, config.num_hidden_layers
+            cache += reserved_for_equal(tensor, count) - count * tensor
     return (
         run.weights.reserved_bytes
         - run.weights.bytes

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glm4run.config import ModelConfig
+from glm4run.kv_format import SCALES, KVFormat, group_of
 from glm4run.memory.kernels import Kernel, Linear, kernel_scratch_bytes
 from glm4run.memory.sizes import MIB
 
@@ -88,7 +89,13 @@ def logits_block_rows(vocab_size: int, dtype_bytes: int) -> int:
 
 
 def forward_peak(
-    compute: Compute, tokens: int, context: int, *, logits_rows: int = 1, every_position: bool = False
+    compute: Compute,
+    tokens: int,
+    context: int,
+    *,
+    logits_rows: int = 1,
+    every_position: bool = False,
+    kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
 ) -> Moment:
     """The fullest moment of a forward of `tokens` new tokens that end at position `context`.
 
@@ -106,7 +113,7 @@ def forward_peak(
         ledger.drop("rows")
     else:
         ledger.rename("rows", "residual")
-    _attention_branch(ledger, compute, tokens, context)
+    _attention_branch(ledger, compute, tokens, context, kv_format)
     _mlp_branch(ledger, compute, tokens)
     if every_position:
         _norm(ledger, "final norm", tokens, compute)
@@ -152,7 +159,7 @@ def _linear(ledger: _Ledger, compute: Compute, kind: str, tokens: int, out: str,
     ledger.drop(f"{kind} kernel")
 
 
-def _attention_branch(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> None:
+def _attention_branch(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_format: KVFormat) -> None:
     config, element = compute.config, compute.dtype_bytes
     query = tokens * config.num_attention_heads * config.head_dim
     kv = tokens * config.num_key_value_heads * config.head_dim
@@ -164,8 +171,9 @@ def _attention_branch(ledger: _Ledger, compute: Compute, tokens: int, context: i
         ledger.rename("q with bias", "q")
     ledger.hold("qkv", k=kv * element, v=kv * element)
     _rope(ledger, compute, tokens)
+    _quantize(ledger, compute, tokens, kv_format)
     ledger.drop("k", "v")  # they are in the cache now
-    _scores(ledger, compute, tokens, context)
+    _scores(ledger, compute, tokens, context, kv_format)
     if compute.dtype == "fp16":
         ledger.hold("attention", widened=4 * query)
         ledger.drop("attended")
@@ -192,7 +200,26 @@ def _rope(ledger: _Ledger, compute: Compute, tokens: int) -> None:
     ledger.drop("pairs", "turned pairs", "narrowed pairs", "q")
 
 
-def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> None:
+def _quantize(ledger: _Ledger, compute: Compute, tokens: int, kv_format: KVFormat) -> None:
+    """`kv_rows.quantize_rows` of the new keys and values, one after the other: floats, turned, as steps and rounded."""
+    if kv_format.is_quantized and not compute.native_attention:
+        new = 4 * tokens * compute.config.num_key_value_heads * compute.config.head_dim
+        ledger.hold("cache", **{"rows turned": 2 * new, "rows in steps": 2 * new})
+        ledger.drop("rows turned", "rows in steps")
+
+
+def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
+    """Bytes of keys, or values, as `attention` reads them in float32, and of what making them takes beside."""
+    config = compute.config
+    rows = config.num_key_value_heads * context * compute.batch
+    values = rows * config.head_dim
+    if bits == 16:
+        return (0 if compute.dtype_bytes == 4 else 4 * values), 0
+    scales = 4 * SCALES[bits] * rows * (config.head_dim // group_of(bits, config.head_dim))
+    return 4 * values, (values if bits == 4 else 0) + scales
+
+
+def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_format: KVFormat) -> None:
     """`attention.grouped_query_attention`; leaves `attended`. Scores grow with the context up to their bound."""
     config, element = compute.config, compute.dtype_bytes
     native = compute.native_attention and attends_natively(config.num_attention_heads, config.num_key_value_heads)
@@ -209,9 +236,13 @@ def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> Non
         ledger.hold("attention", **{"q in float32": query})
     ledger.hold("attention", **{"scaled q": query})
     ledger.drop("q in float32")
-    if element != 4:
-        widened = 4 * config.num_key_value_heads * config.head_dim * context * compute.batch
-        ledger.hold("attention", **{"keys in float32": widened, "values in float32": widened})
+    keys, beside_keys = _widened(compute, context, kv_format.key_bits)
+    values, beside_values = _widened(compute, context, kv_format.value_bits)
+    if kv_format.key_bits < 16 or (kv_format.is_quantized and element != 4):
+        ledger.hold("attention", **{"q for quantized keys": query})
+    ledger.hold("attention", **{"keys in float32": keys, "steps": beside_keys})
+    ledger.hold("attention", **{"values in float32": values, "steps": beside_values})
+    ledger.drop("steps")
     # Past the bound a block of q is copied. It shrinks as the context grows, so that the largest counts: that of a
     # context no longer than the chunk, which every prompt passes through.
     first_rows = min(per_sequence, MAX_SCORE_BYTES // (4 * config.num_attention_heads * per_sequence) or 1)
@@ -233,7 +264,10 @@ def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int) -> Non
         ledger.drop("blocks by token")
     else:
         ledger.rename("blocks by token", "attended")
-    ledger.drop("scaled q", "keys in float32", "values in float32", "blocks", "blocks joined")
+    ledger.drop("scaled q", "q for quantized keys", "keys in float32", "values in float32", "blocks", "blocks joined")
+    if kv_format.value_bits < 16:
+        ledger.hold("attention", **{"results turned": 3 * query})
+        ledger.drop("results turned")
 
 
 def _mlp_branch(ledger: _Ledger, compute: Compute, tokens: int) -> None:

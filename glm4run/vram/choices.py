@@ -19,7 +19,6 @@ from glm4run.errors import Glm4RunError, UsageError
 from glm4run.memory import (
     MIB,
     PREFILL_CHUNK,
-    RUNTIME_KV_BITS,
     SMALLER_CHUNKS,
     Overhead,
     Run,
@@ -85,7 +84,6 @@ class Choice:
     def estimated(self) -> list[str]:
         """What this version of glm4run does not execute yet, in words."""
         beyond = {
-            f"a cache of {self.kv_bits} bits": self.kv_bits not in RUNTIME_KV_BITS,
             "the embedding in RAM": self.embed_on_host,
             "several sequences at once": self.batch > 1,
             "drafted tokens": self.drafted_tokens > 0,

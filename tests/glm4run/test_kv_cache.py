@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 from glm4run.config import ModelConfig
+from glm4run.errors import UsageError
+from glm4run.kernels.cpu import ops as native
 from glm4run.kv_cache import KVCache
+from glm4run.kv_format import KVFormat, group_of, parse_kv_bits
+from glm4run.kv_rows import KVRows, dequantize_rows, quantize_rows, turn
+from glm4run.ops import NativeOps, Ops
+from tests.native_library import ISAS, needs_library, running
 
 CONFIG = ModelConfig(
     model_type="glm4",
@@ -129,3 +136,211 @@ def test_truncate_goes_back_only(position: int) -> None:
     with pytest.raises(ValueError, match="cannot truncate"):
         cache.truncate(position)
     assert cache.position == 3
+
+
+# --- quantized rows
+
+
+QUANTIZED = ["8", "4", "8:4", "16:8", "4:16"]
+CPU = torch.device("cpu")
+
+
+def quantized_cache(kept: str, capacity: int = 40, dtype: torch.dtype = torch.float32) -> KVCache:
+    cache = KVCache(CONFIG, capacity, dtype=dtype, device=CPU, kv_format=parse_kv_bits(kept))
+    for layer in range(3):
+        for tensor in cache.tensors(layer).values():
+            tensor.zero_()  # so that whole tensors can be compared
+    return cache
+
+
+def outlier_rows(count: int, head_dim: int, *, seed: int = 0, outlier: float = 0.0) -> Tensor:
+    rows = torch.randn(2, count, head_dim, generator=torch.Generator().manual_seed(seed))
+    rows[..., head_dim // 3] += outlier
+    return rows
+
+
+@pytest.mark.parametrize("text", ["3", "8:", ":8", "x", "8:4:4", "", "8:5", "-8"])
+def test_bits_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_kv_bits(text)
+
+
+def test_bits_of_keys_and_values() -> None:
+    assert parse_kv_bits("8") == parse_kv_bits(8) == KVFormat(8, 8) and str(KVFormat(8, 8)) == "8"
+    assert parse_kv_bits("8:4") == KVFormat(8, 4) and str(KVFormat(8, 4)) == "8:4"
+    assert not KVFormat().is_quantized and KVFormat(16, 4).is_quantized
+
+
+@pytest.mark.parametrize("head_dim", [128, 64, 32, 96, 48, 2])
+def test_turning_is_orthogonal_and_its_own_inverse(head_dim: int) -> None:
+    rows = outlier_rows(5, head_dim, outlier=30)
+    assert torch.allclose(turn(turn(rows)), rows, atol=1e-4)
+    assert torch.allclose(turn(rows).norm(dim=-1), rows.norm(dim=-1), rtol=1e-5)
+    one = torch.zeros(head_dim)
+    one[0] = 1.0
+    spread = turn(one)
+    size = head_dim & -head_dim
+    assert torch.allclose(spread[:size], torch.full((size,), size**-0.5))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("head_dim", [128, 64, 96, 48, 2])
+def test_a_row_reads_back_within_half_a_step(bits: int, head_dim: int) -> None:
+    """Each turned value lies within half a step of its group, and the rounding of scale and minimum to 16 bits."""
+    rows = outlier_rows(50, head_dim, outlier=20)
+    data, scales = quantize_rows(rows, bits)
+    turned, back = turn(rows), dequantize_rows(data, scales, bits)
+    per_group = scales.float().unflatten(-1, (-1, 1 if bits == 8 else 2))
+    step = per_group[..., 0].repeat_interleave(group_of(bits, head_dim), dim=-1)
+    assert bool(((back - turned).abs() <= step * 0.51 + turned.abs().amax() * 2e-3).all())
+    if head_dim > 2:  # two values are their minimum and their maximum
+        assert bool((back - turned).abs().mean() > step.mean() / 20)
+
+
+def test_one_large_channel_costs_the_others_little() -> None:
+    """What turning is for: without it the group of the large channel would lose its small values."""
+    plain, biased = outlier_rows(200, 128), outlier_rows(200, 128, outlier=60)
+    for bits, most in ((8, 0.06), (4, 1.2)):
+        rows = KVRows(*quantize_rows(biased, bits), bits)
+        error = (rows.read(200) - biased).square().mean().sqrt()
+        unturned_step = 60 / (127 if bits == 8 else 15)
+        assert float(error) < most * float(plain.std()) and float(error) < unturned_step / 3
+
+
+@pytest.mark.parametrize("kept", QUANTIZED)
+def test_forgetting_tokens_is_as_if_they_had_never_come(kept: str) -> None:
+    there, never = quantized_cache(kept), quantized_cache(kept)
+    for cache in (there, never):
+        cache.append(1, *tokens(11, seed=1))
+        cache.advance(11)
+    there.append(1, *tokens(9, seed=2))
+    there.advance(9)
+    there.truncate(7)
+    never.truncate(7)
+    for cache in (there, never):
+        cache.append(1, *tokens(20, seed=3))
+        cache.advance(20)
+    for name, tensor in there.rows(1, 0, 27).items():
+        assert torch.equal(tensor, never.rows(1, 0, 27)[name]), name
+
+
+@pytest.mark.parametrize("kept", QUANTIZED)
+def test_the_pieces_that_tokens_come_in_do_not_matter(kept: str) -> None:
+    whole, pieces = quantized_cache(kept), quantized_cache(kept)
+    key, value = tokens(23, seed=4)
+    whole.append(0, key, value)
+    for first, last in ((0, 1), (1, 14), (14, 23)):
+        pieces.append(0, key[:, first:last], value[:, first:last])
+        pieces.advance(last - first)
+    for name, tensor in whole.tensors(0).items():
+        assert torch.equal(tensor, pieces.tensors(0)[name]), name
+
+
+@pytest.mark.parametrize("kept", QUANTIZED)
+def test_rows_restore_to_the_bit_and_only_where_they_fit(kept: str) -> None:
+    cache, other = quantized_cache(kept), quantized_cache(kept)
+    cache.append(2, *tokens(15, seed=5))
+    rows = {name: tensor.clone() for name, tensor in cache.rows(2, 3, 15).items()}
+    other.restore(2, 3, rows)
+    for name, tensor in other.rows(2, 3, 15).items():
+        assert torch.equal(tensor, rows[name])
+    floats = new_cache(40).rows(2, 3, 15)
+    with pytest.raises((ValueError, KeyError)):
+        other.restore(2, 3, floats)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reads_back_so_and_nothing_else(bits: int, bad: float) -> None:
+    rows = outlier_rows(6, 64)
+    rows[1, 2, 40] = bad
+    kept = KVRows(*quantize_rows(rows, bits), bits)
+    finite = torch.isfinite(kept.read(6)).all(-1)
+    assert finite.sum() == 11 and not finite[1, 2]
+    assert not bool(torch.isfinite(kept.tensors()["_scales"]).all())
+
+
+def test_odd_heads_are_refused_in_four_bits() -> None:
+    with pytest.raises(UsageError, match="heads of 15"):
+        KVCache(dataclasses.replace(CONFIG, head_dim=15), 4, dtype=torch.float32, device=CPU, kv_format=KVFormat(16, 4))
+
+
+# --- in the native library
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_library_keeps_the_same_bits(isa: str, dtype: torch.dtype) -> None:
+    for head_dim, kept in itertools.product((128, 64, 96, 16), QUANTIZED):
+        config = dataclasses.replace(CONFIG, head_dim=head_dim)
+        caches = [KVCache(config, 30, dtype=dtype, device=CPU, kv_format=parse_kv_bits(kept)) for _ in range(2)]
+        key, value = (
+            outlier_rows(19, head_dim, seed=seed, outlier=25 * (1 - seed)).to(dtype).transpose(0, 1).contiguous()
+            for seed in (0, 1)
+        )
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
+        key[0, 3, 1] = 0
+        key[1, 4] = 0  # a row of nothing
+        value[1, 5, 2] = float("nan")
+        with running(isa, threads=1):
+            Ops().append(caches[0].layers[0], 4, key, value)
+            NativeOps().append(caches[1].layers[0], 4, key, value)
+        for name, tensor in caches[0].rows(0, 4, 23).items():
+            other = caches[1].rows(0, 4, 23)[name]
+            assert torch.equal(tensor.nan_to_num(7.0), other.nan_to_num(7.0)), (head_dim, kept, name)
+
+
+@needs_library
+@pytest.mark.parametrize("kept", QUANTIZED)
+def test_the_library_attends_as_torch_does(kept: str) -> None:
+    """Over every kind of row, few tokens and many, with heads that fill the lanes and that do not."""
+    shapes = ((32, 128, torch.float32), (6, 64, torch.bfloat16), (4, 96, torch.float32), (40, 16, torch.float16))
+    for heads, head_dim, dtype in shapes:
+        config = dataclasses.replace(CONFIG, head_dim=head_dim, num_hidden_layers=1)
+        cache = KVCache(config, 160, dtype=dtype, device=CPU, kv_format=parse_kv_bits(kept))
+        key, value = outlier_rows(131, head_dim, outlier=9).to(dtype), outlier_rows(131, head_dim, seed=1).to(dtype)
+        Ops().append(cache.layers[0], 0, key, value)
+        for count in (1, 3, 21):
+            query = torch.randn(heads, count, head_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+            expected = Ops().attend(query, cache.layers[0], 131)
+            allowed = 1e-3 if dtype == torch.float32 else 0.02
+            for isa in ISAS:
+                with running(isa, threads=1):
+                    got = native.attention(query, cache.layers[0], 131)
+                assert float((got.float() - expected.float()).abs().max()) < allowed, (isa, heads, head_dim, count)
+
+
+@needs_library
+def test_a_value_that_is_not_finite_is_no_silent_number() -> None:
+    for kept, which in itertools.product(("8", "4"), (0, 1)):
+        cache = quantized_cache(kept)
+        pair = [outlier_rows(20, 16), outlier_rows(20, 16, seed=1)]
+        pair[which][1, 6, 2] = float("nan")
+        cache.append(0, *pair)
+        out = native.attention(torch.ones(4, 1, 16), cache.layers[0], 20).unflatten(-1, (4, 16))
+        assert bool(torch.isfinite(out[0, :2]).all()) and bool(out[0, 2:].isnan().all()), (kept, which)
+
+
+LONG = 131072
+
+
+@needs_library
+@pytest.mark.parametrize("kept", ["16", "8", "4"])
+def test_the_last_position_of_a_long_context(kept: str) -> None:
+    """One layer, 131,072 positions: native attention is torch's, for one token and for a chunk's last ones; and what a
+    chunk gives does not depend on how the prompt was cut."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_key_value_heads=1, head_dim=16)
+    cache = KVCache(config, LONG, dtype=torch.float32, device=CPU, kv_format=parse_kv_bits(kept))
+    generator = torch.Generator().manual_seed(0)
+    layer = cache.layers[0]
+    for first in range(0, LONG, LONG // 2):
+        key, value = (torch.randn(1, LONG // 2, 16, generator=generator) for _ in range(2))
+        NativeOps().append(layer, first, 4 * key, value)
+    query = 3 * torch.randn(16, 20, 16, generator=generator)
+    whole = NativeOps().attend(query, layer, LONG)
+    assert float((whole - Ops().attend(query, layer, LONG)).abs().max()) < 1e-3
+    one = NativeOps().attend(query[:, -1:], layer, LONG)
+    assert float((one - whole[-1:]).abs().max()) < 1e-4
+    parts = [NativeOps().attend(query[:, a:b], layer, LONG - 20 + b) for a, b in ((0, 9), (9, 11), (11, 20))]
+    assert float((torch.cat(parts) - whole).abs().max()) < 1e-4

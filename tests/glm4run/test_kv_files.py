@@ -51,6 +51,18 @@ def test_what_was_saved_comes_back_to_the_bit(tiny: LoadedModel, tmp_path: Path)
     assert same(cache_rows(again, 100), cache_rows(context, 100))
 
 
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4), (16, 4)])
+def test_a_quantized_cache_comes_back_with_its_scales(tiny: LoadedModel, tmp_path: Path, bits: tuple[int, int]) -> None:
+    run = dataclasses.replace(tiny.memory_run, kv_bits=bits[0], value_bits=bits[1])
+    model = dataclasses.replace(tiny, memory_run=run)
+    ids = list(range(40, 140))
+    context, again = filled(model, ids), model.new_context()
+    KVFiles(tmp_path, fingerprint(model)).save(context)
+    assert KVFiles(tmp_path, fingerprint(model)).extend(again, ids) == 100
+    assert same(cache_rows(again, 100), cache_rows(context, 100))
+    assert KVFiles(tmp_path, fingerprint(tiny)).extend(tiny.new_context(), ids) == 0
+
+
 def test_only_what_is_new_is_written_and_branches_share(tiny: LoadedModel, tmp_path: Path) -> None:
     files = KVFiles(tmp_path, fingerprint(tiny))
     context = filled(tiny, list(range(40, 60)))
@@ -151,6 +163,7 @@ def test_every_part_that_a_cache_depends_on_changes_the_fingerprint(tmp_path: Pa
     assert changed(same_again) == []
     assert changed(same_again, rope_theta=5e5) == ["rope"]
     assert changed(same_again, dtype="bf16") == ["cache"]
+    assert changed(same_again, kv_bits=8) == changed(same_again, kv_bits="8:4") == ["cache"]
     other_values = write_checkpoint(tmp_path / "c", dialect="chat-2024")
     edit_tensors(other_values, {"model.layers.1.mlp.down_proj.weight": torch.full((128, 160), 0.5)})
     assert changed(other_values) == ["weights"]

@@ -217,7 +217,9 @@ def test_auto_dtype(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device": "abacus"}, "unknown device"),
         ({"device": "meta"}, "not supported"),
         ({"yarn": "maybe"}, "yarn is"),
-        ({"kv_bits": 3}, "kv_bits is 3"),
+        ({"kv_bits": 3}, "3 bits was asked"),
+        ({"kv_bits": "8:"}, "kv_bits is '8:'"),
+        ({"kv_bits": "16:8:4"}, "kv_bits is"),
     ],
     ids=str,
 )

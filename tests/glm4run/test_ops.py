@@ -17,6 +17,7 @@ from glm4run.generate import load_model
 from glm4run.kernels import Activations
 from glm4run.kernels.cpu import ops as native_ops
 from glm4run.kv_cache import KVCache
+from glm4run.kv_format import parse_kv_bits
 from glm4run.kv_rows import KVLayer, KVRows
 from glm4run.layer_stack import native_stack
 from glm4run.loading import load_weights
@@ -340,13 +341,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def new_cache(model: Glm4Model, capacity: int) -> KVCache:
-    return KVCache(model.config, capacity, dtype=model.dtype, device=torch.device("cpu"))
+def new_cache(model: Glm4Model, capacity: int, kept: str = "16") -> KVCache:
+    return KVCache(model.config, capacity, dtype=model.dtype, device=torch.device("cpu"), kv_format=parse_kv_bits(kept))
 
 
-def stepped(model: Glm4Model, sizes: tuple[int, ...]) -> Tensor:
+def stepped(model: Glm4Model, sizes: tuple[int, ...], kept: str = "16") -> Tensor:
     """Logits of all positions of `IDS`, computed in pieces of these sizes, the last one again and again."""
-    cache = new_cache(model, len(IDS) + 3)
+    cache = new_cache(model, len(IDS) + 3, kept)
     parts, rest, left = list[Tensor](), torch.tensor(IDS), list(sizes)
     while len(rest):
         size = left.pop(0) if len(left) > 1 else left[0]
@@ -384,12 +385,25 @@ def test_the_stack_does_what_the_layers_do(folders: dict[str, Path]) -> None:
         for dtype, activations in cases:
             model = load_weights(folder, backend="native", dtype=dtype, activations=activations).model
             assert model.stack is not None
-            for sizes in ((1,), (2, 8), (12, 3, 1)):
-                with_stack = stepped(model, sizes)
+            for sizes, kept in (((1,), "16"), ((2, 8), "16"), ((12, 3, 1), "16"), ((2, 1), "8:4"), ((12, 3, 1), "4")):
+                with_stack = stepped(model, sizes, kept)
                 model.stack, stack = None, model.stack
-                without = stepped(model, sizes)
+                without = stepped(model, sizes, kept)
                 model.stack = stack
-                assert same_bits(with_stack, without), (name, dtype, activations, sizes)
+                assert same_bits(with_stack, without), (name, dtype, activations, sizes, kept)
+
+
+@pytest.mark.parametrize("kept", ["8", "4", "8:4", "16:4"])
+def test_every_backend_computes_over_the_same_quantized_cache(folders: dict[str, Path], kept: str) -> None:
+    for name, folder in folders.items():
+        expected = load_model(folder, backend="reference", dtype="fp32", kv_bits=kept).logits(IDS)
+        exact = load_model(folder, backend="reference", dtype="fp32").logits(IDS)
+        assert relative(expected, exact) > 1e-4  # it is quantized
+        torchs = load_model(folder, backend="torch", dtype="fp32", kv_bits=kept)
+        assert relative(torchs.logits(IDS), expected) < 1e-3, name
+        ours = load_model(folder, backend="native", activations=EXACT, dtype="fp32", kv_bits=kept)
+        for sizes in ((20,), (12, 3, 1), (1,)):
+            assert relative(stepped(ours.model, sizes, kept), expected) < 5e-3, (name, sizes)
 
 
 def test_rounded_activations_cost_what_their_bits_cost(folders: dict[str, Path]) -> None:

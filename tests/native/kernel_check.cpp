@@ -438,6 +438,105 @@ void check_threads(Errors& errors) {
 }
 
 // Several threads call at once, and the number of the pool's threads changes under them.
+// x [D] times the Hadamard matrix of the largest power of two that divides D.
+void turn_exactly(double* x, int64_t D) {
+    const int64_t size = D & -D;
+    for (int64_t step = 1; step < size; step *= 2)
+        for (int64_t i = 0; i < D; i++)
+            if ((i / step & 1) == 0) {
+                const double a = x[i], b = x[i + step];
+                x[i] = a + b;
+                x[i + step] = a - b;
+            }
+    for (int64_t i = 0; i < D; i++) x[i] /= sqrt(double(size));
+}
+
+// Rows of a quantized cache and what their bytes say, still turned: [KVH, capacity, D].
+struct KeptRows {
+    Bytes data, scales;
+    G4CacheRows rows;
+    std::vector<double> exact;
+
+    KeptRows(int64_t kv_heads, int64_t capacity, int64_t D, int32_t bits)
+        : data(allocate(kv_heads * capacity * D * bits / 8)), scales(allocate(kv_heads * capacity * D / 32 * 4)),
+          rows{data.get(), scales.get(), bits, int32_t(bits == 8 || D % 32 != 0 ? D : 32)} {
+        memset(data.get(), 0x77, size_t(kv_heads * capacity * D * bits / 8));
+    }
+    void decode(int64_t count, int64_t D) {
+        exact.resize(size_t(count * D));
+        const int64_t groups = D / rows.group, each = rows.bits == 8 ? 2 : 4;
+        for (int64_t i = 0; i < count * D; i++) {
+            const uint8_t* scale = scales.get() + (i / D * groups + i % D / rows.group) * each;
+            const uint8_t byte = data.get()[rows.bits == 8 ? i : i / 2];
+            exact[size_t(i)] = rows.bits == 8 ? int8_t(byte) * value_of(scale, G4_FP16)
+                                              : (i % 2 ? byte >> 4 : byte & 15) * value_of(scale, G4_FP16) +
+                                                    value_of(scale + 2, G4_FP16);
+        }
+    }
+};
+
+// New rows lie within half a step of what they were, and attention is that of what the bytes say.
+void check_quantized_case(int32_t key_bits, int32_t value_bits, int64_t heads, int64_t kv_heads, int64_t D, int64_t T,
+                          int64_t S, Random& random, Errors& errors) {
+    const int64_t repeat = heads / kv_heads;
+    const Numbers query(T * heads * D, G4_FP32, [&](int64_t) { return random.uniform(); });
+    Numbers key(S * kv_heads * D, G4_FP32, [&](int64_t i) { return random.uniform() + (i % D == 3 ? 8 : 0); });
+    const Numbers value(S * kv_heads * D, G4_FP32, [&](int64_t) { return random.uniform(); });
+    KeptRows keys(kv_heads, S, D, key_bits), values(kv_heads, S, D, value_bits);
+    const G4Cache cache{keys.rows, values.rows, S, G4_FP32};
+    g4_cache_append(&cache, key.memory.get(), value.memory.get(), kv_heads * D, D, G4_FP32, S, kv_heads, D, 0);
+    keys.decode(kv_heads * S, D);
+    values.decode(kv_heads * S, D);
+    for (int64_t h = 0; h < kv_heads; h++)
+        for (int64_t s = 0; s < S; s++) {
+            double* row = key.exact.data() + (s * kv_heads + h) * D;
+            turn_exactly(row, D);
+            for (int64_t d = 0; d < D; d++) {
+                const double *first = row + d / keys.rows.group * keys.rows.group, *last = first + keys.rows.group;
+                double most = 0;
+                for (const double* x = first; x < last; x++) most = std::max(most, fabs(*x));
+                const double range = *std::max_element(first, last) - *std::min_element(first, last);
+                const double step = key_bits == 8 ? most / 127 : range / 15;
+                errors.add(keys.exact[size_t((h * S + s) * D + d)], row[d], 0.52 * step + 2e-3 * most + 1e-6);
+            }
+        }
+    const int64_t floats = g4_attention_floats(T, heads, kv_heads, D, S);
+    Bytes work = allocate(4 * floats), out = allocate(T * heads * D * 4);
+    g4_attention(query.memory.get(), heads * D, D, G4_FP32, &cache, T, heads, kv_heads, D, S,
+                 reinterpret_cast<float*>(work.get()), out.get());
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t seen = S - T + t + 1, kv = h / repeat * S * D;
+            std::vector<double> asked(query.exact.begin() + (t * heads + h) * D, query.exact.begin() + (t * heads + h + 1) * D);
+            turn_exactly(asked.data(), D);
+            std::vector<double> weights(static_cast<size_t>(seen)), sum(static_cast<size_t>(D));
+            double highest = -1e300, total = 0;
+            for (int64_t s = 0; s < seen; s++) {
+                for (int64_t d = 0; d < D; d++) weights[size_t(s)] += asked[size_t(d)] * keys.exact[size_t(kv + s * D + d)];
+                weights[size_t(s)] /= sqrt(double(D));
+                highest = std::max(highest, weights[size_t(s)]);
+            }
+            for (double& weight : weights) total += weight = exp(weight - highest);
+            for (int64_t s = 0; s < seen; s++)
+                for (int64_t d = 0; d < D; d++)
+                    sum[size_t(d)] += weights[size_t(s)] / total * values.exact[size_t(kv + s * D + d)];
+            turn_exactly(sum.data(), D);
+            for (int64_t d = 0; d < D; d++)
+                errors.add(value_of(out.get() + ((t * heads + h) * D + d) * 4, G4_FP32), sum[size_t(d)], 1e-3);
+        }
+}
+
+void check_quantized(Errors& errors) {
+    Random random;
+    for (int32_t key_bits : {8, 4})
+        for (int32_t value_bits : {8, 4})
+            for (int64_t T : {1, 5, 17}) {
+                check_quantized_case(key_bits, value_bits, 32, 2, 128, T, 67 + T, random, errors);
+                check_quantized_case(key_bits, value_bits, 6, 3, 48, T, 300 + T, random, errors);
+                check_quantized_case(key_bits, value_bits, 20, 1, 64, T, 31 + T, random, errors);
+            }
+}
+
 void check_callers(Errors& errors) {
     std::atomic<int> running{3}, wrong{0}, right{0};
     const auto call = [&](int which) {
@@ -497,17 +596,18 @@ int main() {
         const int before = failures;
         if (g4_set_isa(name) != 0) fail("g4_set_isa");
         g4_set_threads(1);
-        Errors all[] = {{"product"}, {"rms_norm"}, {"silu_mul"}, {"rope"}, {"attention"}, {"threads"}};
+        Errors all[] = {{"product"}, {"rms_norm"}, {"silu_mul"}, {"rope"}, {"attention"}, {"quantized cache"}, {"threads"}};
         check_products(all[0]);
         check_rms_norm(all[1]);
         check_silu(all[2]);
         check_rope(all[3]);
         check_attention(all[4]);
-        check_threads(all[5]);
+        check_quantized(all[5]);
+        check_threads(all[6]);
         printf("%-14s %s:", name, failures == before ? "right" : "WRONG");
         for (const Errors& one : all)
             printf(" %s %.2f of %lld%s", one.what, one.worst, static_cast<long long>(one.count),
-                   &one == &all[5] ? "\n" : ",");
+                   &one == &all[6] ? "\n" : ",");
     }
     return failures == 0 ? 0 : 1;
 }

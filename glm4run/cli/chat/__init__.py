@@ -60,6 +60,7 @@ def chat(
     activations: options.Activations = "auto",
     quantize_on_load: options.QuantizeOnLoad = None,
     dtype: options.Dtype = "auto",
+    kv_bits: options.KVBits = "16",
     ctx: options.Ctx = None,
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
@@ -95,6 +96,7 @@ def chat(
         threads=threads,
         rope_theta=rope_theta,
         yarn=yarn,
+        kv_bits=kv_bits,
         needs_chat=not force,
     )
     given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop)

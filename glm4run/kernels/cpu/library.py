@@ -125,6 +125,13 @@ _SIGNATURES = {
     "g4_rms_norm": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_float, c_void_p)),
     "g4_silu_mul": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p)),
     "g4_rope": (None, (c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int64)),
+    "g4_cache_append": (
+        None,
+        (
+            *(POINTER(G4Cache), c_void_p, c_void_p, c_int64, c_int64, c_int32),
+            *(c_int64, c_int64, c_int64, c_int64),
+        ),
+    ),
     "g4_attention_floats": (c_int64, (c_int64, c_int64, c_int64, c_int64, c_int64)),
     "g4_attention": (
         None,

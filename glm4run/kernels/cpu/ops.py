@@ -12,9 +12,11 @@ from torch import Tensor
 
 from glm4run.kernels.cpu.backend import DTYPE_CODES
 from glm4run.kernels.cpu.library import G4Cache, G4CacheRows, native
+from glm4run.kv_format import group_of
 from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
+MAX_QUANTIZED_HEAD = 512  # of src/layer_ops.cpp
 FEW_TOKENS = 8  # of src/layer_ops.cpp
 
 
@@ -65,16 +67,48 @@ def rope_(x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
 def cache_struct(layer: KVLayer) -> G4Cache:
     """A layer's cache as the library takes it. The tensors must outlive it."""
     data = layer.keys.data
+    floats = layer.keys.data.dtype if layer.keys.scales is None else layer.values.data.dtype
     return G4Cache(
         keys=_rows_struct(layer.keys),
         values=_rows_struct(layer.values),
         capacity=data.stride(0) // data.stride(1),
-        dtype=DTYPE_CODES[data.dtype],
+        dtype=DTYPE_CODES.get(floats, 0),
     )
 
 
 def _rows_struct(rows: KVRows) -> G4CacheRows:
-    return G4CacheRows(data=rows.data.data_ptr(), scales=None, bits=16, group=0)
+    if rows.scales is None:
+        return G4CacheRows(data=rows.data.data_ptr(), scales=None, bits=16, group=0)
+    return G4CacheRows(
+        data=rows.data.data_ptr(),
+        scales=rows.scales.data_ptr(),
+        bits=rows.bits,
+        group=group_of(rows.bits, rows.head_dim),
+    )
+
+
+def takes_cache(layer: KVLayer, head_dim: int) -> bool:
+    """Whether the library takes the cache: contiguous on the CPU, and no wider than its buffers."""
+    return head_dim <= MAX_QUANTIZED_HEAD and all(
+        t.device.type == "cpu" and t.is_contiguous() for t in layer.tensors().values()
+    )
+
+
+def append(cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
+    """Keeps key and value [KVH, T, D], of the same strides and contiguous rows, from position `start` on."""
+    kv_heads, tokens, head_dim = key.shape
+    native().g4_cache_append(
+        ctypes.byref(cache_struct(cache)),
+        key.data_ptr(),
+        value.data_ptr(),
+        key.stride(1),
+        key.stride(0),
+        DTYPE_CODES[key.dtype],
+        tokens,
+        kv_heads,
+        head_dim,
+        start,
+    )
 
 
 def attention(query: Tensor, cache: KVLayer, positions: int) -> Tensor:

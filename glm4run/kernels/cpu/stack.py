@@ -17,7 +17,7 @@ from glm4run.config import ModelConfig
 from glm4run.errors import GenerationError
 from glm4run.kernels.cpu.backend import DTYPE_CODES, NativeWeight
 from glm4run.kernels.cpu.library import G4Cache, G4Layer, G4Output, G4Stack, native
-from glm4run.kernels.cpu.ops import MAX_ROTARY_DIM, cache_struct
+from glm4run.kernels.cpu.ops import MAX_QUANTIZED_HEAD, MAX_ROTARY_DIM, cache_struct
 from glm4run.kv_rows import KVLayer
 
 MAX_TOKENS = 8  # more are a prefill, whose attention torch does better
@@ -81,4 +81,5 @@ class NativeStack:
 
 def takes(config: ModelConfig, dtype: torch.dtype) -> bool:
     """Whether a model of this shape and dtype can run as a stack. fp16 keeps its residual in another dtype."""
-    return dtype in (torch.bfloat16, torch.float32) and config.rotary_dim <= MAX_ROTARY_DIM
+    suits = config.rotary_dim <= MAX_ROTARY_DIM and config.head_dim <= MAX_QUANTIZED_HEAD
+    return suits and dtype in (torch.bfloat16, torch.float32)

@@ -20,9 +20,19 @@ from glm4run.kernels.cpu.library import why_missing
 from glm4run.kernels.reference import ReferenceBackend
 from glm4run.kernels.torch_ops import CPU_TILE_BYTES, CUDA_TILE_BYTES, Int4PackedWeight, TorchBackend, _int4_kernel_runs
 from glm4run.kv_cache import KVCache
+from glm4run.kv_format import parse_kv_bits
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import input_dtype, load_weights
-from glm4run.memory import kernels, kv_bytes_per_token, plan_weights, stored_tensors
+from glm4run.memory import (
+    Run,
+    device_overhead,
+    kernels,
+    kv_bytes_per_token,
+    plan_run,
+    plan_weights,
+    process_overhead,
+    stored_tensors,
+)
 from glm4run.memory.kernels import Linear, choose_kernel, kept_bytes
 from glm4run.memory.weights import CLASSES
 from glm4run.quant_config import QuantScheme
@@ -92,6 +102,23 @@ def test_demo_by_class(backend: str, dtype: str) -> None:
 def test_small_packed_models(tmp_path: Path, options: dict[str, Any], dtype: str) -> None:
     loaded = load_weights(write_packed(tmp_path / "packed", **options), backend="torch", dtype=dtype)
     assert loaded.plan.weight_bytes == weight_bytes(loaded.model)
+
+
+@pytest.mark.parametrize("kept", ["16", "8", "4", "8:4", "16:4"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_quantized_cache_is_planned_to_the_byte(kept: str, device: str, dtype: str) -> None:
+    """The family's heads, and those of the other small models: groups that do not divide a head are the whole head."""
+    kv_format = parse_kv_bits(kept)
+    for head_dim, context in ((128, 131072), (64, 1000), (32, 17), (48, 64)):
+        config = dataclasses.replace(SMALL, head_dim=head_dim)
+        cache = KVCache(config, context, dtype=DTYPES[dtype], device=META, kv_format=kv_format)
+        weights = plan_weights(config, stored_tensors(config, {}), {}, backend="dense", dtype=dtype, device=device)
+        overhead = process_overhead(0, 0, None) if device == "cpu" else device_overhead(is_open=True, calibration=None)
+        run = Run(weights, weights.compute(config, dtype=dtype, device=device), overhead)
+        run = dataclasses.replace(run, kv_bits=kv_format.key_bits, value_bits=kv_format.value_bits)
+        assert plan_run(run, context).bytes_of("kv_cache") == cache.nbytes
+        assert cache.nbytes % context == 0
 
 
 @pytest.mark.parametrize("context", [1, 1024, 63 * 1024, 131072])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from glm4run.attention import MAX_SCORE_BYTES
 from glm4run.cards import load_cards
+from glm4run.kv_format import parse_kv_bits
 from glm4run.memory import plan_weights, stored_tensors, workspace
 from glm4run.memory.workspace import Compute, forward_peak
 from glm4run_quantize.recipes import choose_recipe
@@ -61,6 +62,17 @@ def test_peak_with_every_logit_is_that_of_the_trace(bits: int, dtype: str, conte
     model = meta_model(compute.config, schemes, dtype)
     traced = trace_forward(model, context, chunk, every_position=True).peak
     planned = forward_peak(compute, chunk, context, every_position=True).bytes
+    assert traced * 0.999 <= planned <= traced * 1.06
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kept", ["8", "4", "16:4", "8:16"])
+@pytest.mark.parametrize(("context", "chunk"), [(64, 64), (1024, 512), (131072, 64), (32768, 2048)])
+def test_peak_over_a_quantized_cache_is_that_of_the_trace(dtype: str, kept: str, context: int, chunk: int) -> None:
+    compute = compute_of("glm-4-9b-chat", 4, dtype)
+    schemes = choose_recipe(compute.config, 4)[0].schemes(compute.config)
+    traced = trace_forward(meta_model(compute.config, schemes, dtype), context, chunk, kept=kept).peak
+    planned = forward_peak(compute, chunk, context, kv_format=parse_kv_bits(kept)).bytes
     assert traced * 0.999 <= planned <= traced * 1.06
 
 

@@ -50,7 +50,7 @@ struct G4CacheRows {
     uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits int8 [KVH, capacity, D]; of 4 bits bytes [KVH, capacity, D/2]
     uint8_t* scales; // of quantized rows; null: floats
     int32_t bits;    // 16 (floats of the cache's dtype, whatever their width), 8 or 4
-    int32_t group;   // values of a row that share a scale
+    int32_t group;   // values of a row that share a scale; heads are then at most 512 wide
 };
 
 struct G4Cache {

@@ -32,15 +32,26 @@ struct Rows {
     int32_t dtype;
 };
 
+// Keys or values of one KV head, [S] rows.
+struct CacheRows {
+    const uint8_t* data;
+    const uint8_t* scales; // float16 numbers of each row; null: floats
+    int64_t head_dim, group;
+    int32_t bits, dtype;
+
+    bool turned() const { return bits != 16; } // quantized rows are, by a Hadamard matrix: kv_rows.py
+    int64_t row_bytes() const { return bits == 16 ? head_dim * dtype_bytes(dtype) : head_dim * bits / 8; }
+    int64_t scale_bytes() const { return bits == 16 ? 0 : head_dim / group * (bits == 8 ? 2 : 4); }
+};
+
 // Causal attention of T new queries over S positions; one KV head and the queries that share it.
 struct AttentionRows {
     const void* query; // row of query t, head h: t * query_token + h * query_head elements on
     int64_t query_token, query_head;
-    const void* key; // [S, D], rows D apart
-    const void* value;
-    int64_t heads, head_dim;
+    CacheRows keys, values;
+    int64_t heads;
     int64_t seen; // positions that query 0 sees; each next one sees one more
-    int32_t dtype;
+    int32_t dtype; // of query
     float scale;
 };
 
@@ -69,6 +80,10 @@ struct Kernels {
                         int64_t stride);
     void (*to_float)(const void* in, int32_t dtype, int64_t count, float* out);
     void (*from_float)(const float* in, int32_t dtype, int64_t count, void* out);
+    // x [D] times the Hadamard matrix of the largest power of two that divides D, in place.
+    void (*turn)(float* x, int64_t head_dim);
+    // Keeps x [D], which it destroys, as row `index` of a cache whose rows are quantized.
+    void (*quantize_row)(float* x, const CacheRows& cache, int64_t index);
     void (*rms_norm)(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out);
     void (*silu_mul)(const void* gate, const void* up, int32_t dtype, int64_t size, void* out);
     // Partial attention of `tokens` query tokens from `token` on over positions first..last-1, of which each sees those

@@ -74,6 +74,8 @@ void rope_piece(const void* context, int64_t index, Ticket&) {
 constexpr int64_t MIN_STRETCH = 256; // positions
 constexpr int64_t MAX_STRETCHES = 64;
 constexpr int64_t FEW_TOKENS = 8;      // up to so many, stretches of the context are what can be shared out
+constexpr int64_t MAX_QUANTIZED_HEAD = 512;
+constexpr int64_t APPEND_TOKENS = 8;   // of a piece
 constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 
 struct AttentionContext {
@@ -100,6 +102,15 @@ AttentionPart part_of(const AttentionContext& c, int64_t index) {
     return {index / (c.lane_groups * c.kv_heads), index / c.lane_groups % c.kv_heads, index % c.lane_groups};
 }
 
+// Rows of one KV head.
+CacheRows head_of(const G4Cache& cache, const G4CacheRows& rows, int64_t head_dim, int64_t kv_head) {
+    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype};
+    const int64_t first = kv_head * cache.capacity;
+    one.data += first * one.row_bytes();
+    if (one.scales != nullptr) one.scales += first * one.scale_bytes();
+    return one;
+}
+
 AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     const int64_t element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
     const int64_t left = c.repeat() - first_head;
@@ -107,10 +118,9 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     rows.query = c.query + (part.kv_head * c.repeat() + first_head) * c.query_head * element;
     rows.query_token = c.query_token;
     rows.query_head = c.query_head;
-    rows.key = c.cache.keys.data + part.kv_head * c.cache.capacity * c.head_dim * element;
-    rows.value = c.cache.values.data + part.kv_head * c.cache.capacity * c.head_dim * element;
+    rows.keys = head_of(c.cache, c.cache.keys, c.head_dim, part.kv_head);
+    rows.values = head_of(c.cache, c.cache.values, c.head_dim, part.kv_head);
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
-    rows.head_dim = c.head_dim;
     rows.seen = c.positions - c.tokens + 1;
     rows.dtype = c.dtype;
     rows.scale = c.scale;
@@ -145,6 +155,7 @@ void attend_many_piece(const void* context, int64_t index, Ticket& ticket) {
         const float* totals = mine + (D + 1) * ATTENTION_LANES;
         for (int64_t lane = 0; lane < rows.heads; lane++) {
             for (int64_t d = 0; d < D; d++) scratch[d] = mine[d * ATTENTION_LANES + lane] / totals[lane];
+            if (rows.values.turned()) c.kernels->turn(scratch, D);
             char* out = c.out + ((token + t) * c.heads + first_head + lane) * D * dtype_bytes(c.dtype);
             c.kernels->from_float(scratch, c.dtype, D, out);
         }
@@ -170,9 +181,45 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
             for (int64_t d = 0; d < D; d++) row[d] += weight * one[d * ATTENTION_LANES + lane];
         }
         for (int64_t d = 0; d < D; d++) row[d] /= total;
+        if (c.cache.values.bits != 16) c.kernels->turn(row, D);
         const int64_t head = part.kv_head * c.repeat() + first_head + lane;
         c.kernels->from_float(row, c.dtype, D, c.out + (part.token * c.heads + head) * D * element);
     }
+}
+
+struct AppendContext {
+    const Kernels* kernels;
+    G4Cache cache;
+    const char *key, *value;
+    int64_t token_stride, head_stride; // elements
+    int64_t tokens, kv_heads, head_dim, position, piece_rows;
+    int32_t dtype;
+};
+
+void append_row(const AppendContext& c, const G4CacheRows& rows, const char* from, int64_t t, int64_t h) {
+    const CacheRows head = head_of(c.cache, rows, c.head_dim, h);
+    const char* row = from + (t * c.token_stride + h * c.head_stride) * dtype_bytes(c.dtype);
+    uint8_t* to = const_cast<uint8_t*>(head.data) + (c.position + t) * head.row_bytes();
+    if (!head.turned() && c.dtype == c.cache.dtype) {
+        memcpy(to, row, size_t(head.row_bytes()));
+        return;
+    }
+    float wide[MAX_QUANTIZED_HEAD];
+    c.kernels->to_float(row, c.dtype, c.head_dim, wide);
+    if (head.turned()) {
+        c.kernels->quantize_row(wide, head, c.position + t);
+    } else {
+        c.kernels->from_float(wide, c.cache.dtype, c.head_dim, to);
+    }
+}
+
+void append_piece(const void* context, int64_t index, Ticket&) {
+    const AppendContext& c = *static_cast<const AppendContext*>(context);
+    for (int64_t t = index * c.piece_rows; t < c.tokens && t < (index + 1) * c.piece_rows; t++)
+        for (int64_t h = 0; h < c.kv_heads; h++) {
+            append_row(c, c.cache.keys, c.key, t, h);
+            append_row(c, c.cache.values, c.value, t, h);
+        }
 }
 
 int64_t rows_per_piece(int64_t size) { return size >= ROW_PIECE_ELEMENTS ? 1 : ROW_PIECE_ELEMENTS / size; }
@@ -218,6 +265,16 @@ G4_API void g4_rope(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64
     const RopeContext c{&active_kernels(), static_cast<char*>(x), cosine, sine, tokens, heads, head_dim, half,
                         rows_per_piece(heads * head_dim), dtype};
     pool_run({rope_piece, pieces_of(tokens, c.piece_rows), false}, &c, sizeof c);
+}
+
+// Keeps new keys and values of `tokens` from `position` on. Row of token t, head h: t * token_stride + h * head_stride
+// elements on. head_dim is at most 512 where rows are quantized or of another dtype than the cache's.
+G4_API void g4_cache_append(const G4Cache* cache, const void* key, const void* value, int64_t token_stride,
+                            int64_t head_stride, int32_t dtype, int64_t tokens, int64_t kv_heads, int64_t head_dim,
+                            int64_t position) {
+    const AppendContext c{&active_kernels(), *cache, static_cast<const char*>(key), static_cast<const char*>(value),
+                          token_stride, head_stride, tokens, kv_heads, head_dim, position, APPEND_TOKENS, dtype};
+    pool_run({append_piece, pieces_of(tokens, c.piece_rows), false}, &c, sizeof c);
 }
 
 // Floats of work memory that g4_attention wants.

@@ -9,6 +9,9 @@ G4_API void g4_rms_norm(const void* x, int32_t dtype, int64_t rows, int64_t size
 G4_API void g4_silu_mul(const void* gate_up, int32_t dtype, int64_t rows, int64_t size, void* out);
 G4_API void g4_rope(void* x, int32_t dtype, int64_t tokens, int64_t heads, int64_t head_dim, const float* cosine,
                     const float* sine, int64_t half);
+G4_API void g4_cache_append(const G4Cache* cache, const void* key, const void* value, int64_t token_stride,
+                            int64_t head_stride, int32_t dtype, int64_t tokens, int64_t kv_heads, int64_t head_dim,
+                            int64_t position);
 G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t positions);
 G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,

@@ -67,15 +67,6 @@ void add(const Kernels& kernels, const G4Stack& s, int64_t tokens, char* x, cons
     }
 }
 
-// New rows [tokens, KVH, D] behind `position` in a layer's cache.
-void append(const G4Stack& s, int64_t tokens, int64_t position, const char* rows, const G4CacheRows& cache,
-            int64_t capacity) {
-    const size_t row = size_t(s.head_dim * dtype_bytes(s.dtype));
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < s.kv_heads; h++)
-            memcpy(cache.data + size_t(h * capacity + position + t) * row, rows + size_t(t * s.kv_heads + h) * row, row);
-}
-
 G4Output into(const G4Output& linear, void* y, int64_t width) { return {linear.weight, linear.bias, y, width}; }
 
 struct Call {
@@ -98,8 +89,8 @@ bool attention_branch(const Call& c, const G4Layer& layer, const G4Cache& cache)
     }
     g4_rope(c.b.query, s.dtype, c.tokens, s.heads, s.head_dim, c.cosine, c.sine, s.rotary_half);
     g4_rope(c.b.key, s.dtype, c.tokens, s.kv_heads, s.head_dim, c.cosine, c.sine, s.rotary_half);
-    append(s, c.tokens, c.position, c.b.key, cache.keys, cache.capacity);
-    append(s, c.tokens, c.position, c.b.value, cache.values, cache.capacity);
+    g4_cache_append(&cache, c.b.key, c.b.value, kv_width, s.head_dim, s.dtype, c.tokens, s.kv_heads, s.head_dim,
+                    c.position);
     g4_attention(c.b.query, query_width, s.head_dim, s.dtype, &cache, c.tokens, s.heads, s.kv_heads, s.head_dim,
                  c.position + c.tokens, c.b.work, c.b.attention);
     const G4Output out = into(layer.output, c.b.branch, s.hidden);

@@ -206,6 +206,26 @@ struct Isa {
         }
     }
 
+    // sums[t] += w * x over `pairs` of 16-bit values: w [pairs][16][2], the same two of x in every lane.
+    template <int T>
+    static inline void dot_pairs(const int16_t* w, const int16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+                                 Int (&sums)[T]) {
+        for (int64_t i = 0; i < pairs; i++, w += 32, x += pair_stride) {
+            const __m256i w0 = _mm256_loadu_si256((const __m256i*)w), w1 = _mm256_loadu_si256((const __m256i*)(w + 16));
+#pragma GCC unroll 4
+            for (int t = 0; t < T; t++) {
+                const __m256i xt = four_bytes((const int8_t*)(x + t * stride));
+#if defined(G4_AVX_VNNI)
+                sums[t].v[0] = _mm256_dpwssd_avx_epi32(sums[t].v[0], w0, xt);
+                sums[t].v[1] = _mm256_dpwssd_avx_epi32(sums[t].v[1], w1, xt);
+#else
+                sums[t].v[0] = _mm256_add_epi32(sums[t].v[0], _mm256_madd_epi16(w0, xt));
+                sums[t].v[1] = _mm256_add_epi32(sums[t].v[1], _mm256_madd_epi16(w1, xt));
+#endif
+            }
+        }
+    }
+
     // Prefill reads int4 unpacked, [count/4][16][4] bytes in the first-level cache.
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
         const __m256i mask = _mm256_set1_epi8(15);

@@ -137,6 +137,27 @@ struct Isa {
                 sums[t], _mm512_add_epi32(_mm512_permutex2var_epi32(pairs[t][0], even, pairs[t][1]),
                                           _mm512_permutex2var_epi32(pairs[t][0], odd, pairs[t][1])));
     }
+    // sums[t] += w * x over `pairs` of 16-bit values: w [pairs][16][2], the same two of x in every lane.
+    template <int T>
+    static inline void dot_pairs(const int16_t* w, const int16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+                                 Int (&sums)[T]) {
+        for (int64_t i = 0; i < pairs; i++, w += 32, x += pair_stride) {
+            Int row = _mm512_loadu_si512(w);
+            once(row);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+#if defined(__AVX512VNNI__)
+                asm("vpdpwssd %2%{1to16%}, %1, %0"
+                    : "+v"(sums[t])
+                    : "v"(row), "m"(*reinterpret_cast<const Word*>(x + t * stride)));
+#else
+                int32_t word;
+                __builtin_memcpy(&word, x + t * stride, 4);
+                sums[t] = _mm512_dpwssd_epi32(sums[t], row, _mm512_set1_epi32(word));
+#endif
+            }
+        }
+    }
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
         const Int mask = _mm512_set1_epi8(15);
         for (int64_t k = 0; k < count; k += 8, w += 64, out += 128) {

@@ -148,6 +148,19 @@ struct Isa {
                                                                   vpaddq_s32(fours[t][2], fours[t][3])));
         }
     }
+    // sums[t] += w * x over `pairs` of 16-bit values: w [pairs][16][2], the same two of x in every lane.
+    template <int T>
+    static inline void dot_pairs(const int16_t* w, const int16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+                                 Int (&sums)[T]) {
+        for (int64_t p = 0; p < pairs; p++, w += 32, x += pair_stride)
+            for (int i = 0; i < 4; i++) {
+                const int16x4x2_t two = vld2_s16(w + 8 * i); // the first of each pair, the second of each
+                for (int t = 0; t < T; t++) {
+                    sums[t].v[i] = vmlal_n_s16(sums[t].v[i], two.val[0], x[t * stride]);
+                    sums[t].v[i] = vmlal_n_s16(sums[t].v[i], two.val[1], x[t * stride + 1]);
+                }
+            }
+    }
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
         const uint8x16_t mask = vdupq_n_u8(15);
         for (int64_t k = 0; k < count; k += 8, w += 64, out += 128)

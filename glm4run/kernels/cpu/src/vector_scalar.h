@@ -123,6 +123,15 @@ struct Isa {
                 for (int r = 0; r < N; r++)
                     for (int j = 0; j < 4; j++) sums[t].v[r] += int8_t(w[4 * r + j]) * x[t * stride + k + j];
     }
+    // sums[t] += w * x over `pairs` of 16-bit values: w [pairs][16][2], the same two of x in every lane.
+    template <int T>
+    static inline void dot_pairs(const int16_t* w, const int16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+                                 Int (&sums)[T]) {
+        for (int64_t i = 0; i < pairs; i++, w += 2 * N, x += pair_stride)
+            for (int t = 0; t < T; t++)
+                for (int r = 0; r < N; r++)
+                    sums[t].v[r] += w[2 * r] * x[t * stride] + w[2 * r + 1] * x[t * stride + 1];
+    }
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
         for (int64_t k = 0; k < count; k += 8, w += 64, out += 128)
             for (int i = 0; i < 64; i++) {

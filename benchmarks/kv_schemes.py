@@ -1,0 +1,154 @@
+#!/usr/bin/env python3
+"""What ways of quantizing keys and values cost, on a real model: KL divergence from a cache of floats.
+
+    python benchmarks/kv_schemes.py MODEL --text FILE [--tokens 1024] [--schemes NAME ...] [--key-outliers 60]
+
+Computed in float32 with exact activations, so that nothing but the cache differs; the second half of one window is
+scored. `--key-outliers SIZE` first adds a random bias to 6 channels of every layer's keys, of the reference's too, as
+models with biased keys have them. `channels` quantizes each channel of keys over blocks of 32 tokens: it cannot forget
+a token exactly, and is here as a bound. JSON on stdout, a line a scheme on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glm4run import load_model
+from glm4run.generate import LoadedModel
+from glm4run.kv_rows import KVLayer, turn
+from glm4run.model import DecoderLayer
+from glm4run.ops import Ops
+
+Rounding = Callable[[Tensor], Tensor]
+CHUNK, ROWS = 512, 64
+OUTLIER_CHANNELS = 6
+
+
+def symmetric(bits: int, group: int) -> Rounding:
+    def rounded(x: Tensor) -> Tensor:
+        groups, top = x.unflatten(-1, (-1, min(group, x.shape[-1]))), (1 << (bits - 1)) - 1
+        scale = (groups.abs().amax(-1, keepdim=True) / top).half().float().clamp_min(1e-8)
+        return ((groups / scale).round().clamp(-top, top) * scale).flatten(-2)
+
+    return rounded
+
+
+def asymmetric(bits: int, group: int) -> Rounding:
+    def rounded(x: Tensor) -> Tensor:
+        groups, top = x.unflatten(-1, (-1, min(group, x.shape[-1]))), (1 << bits) - 1
+        lowest = groups.amin(-1, keepdim=True)
+        scale, minimum = ((groups.amax(-1, keepdim=True) - lowest) / top).half().float().clamp_min(1e-8), lowest.half()
+        return (((groups - minimum) / scale).round().clamp(0, top) * scale + minimum).flatten(-2)
+
+    return rounded
+
+
+def turned(rounding: Rounding) -> Rounding:
+    return lambda x: turn(rounding(turn(x)))
+
+
+def channels(bits: int, block: int) -> Rounding:
+    by_row = asymmetric(bits, block)
+
+    def rounded(x: Tensor) -> Tensor:
+        whole = x.shape[1] // block * block
+        return torch.cat((by_row(x[:, :whole].transpose(1, 2)).transpose(1, 2), x[:, whole:]), dim=1)
+
+    return rounded
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+FOUR, EIGHT = turned(asymmetric(4, 32)), turned(symmetric(8, 128))
+SCHEMES: dict[str, tuple[Rounding, Rounding]] = {
+    "8 bits (--kv-bits 8)": (EIGHT, EIGHT),
+    "8:4 bits (--kv-bits 8:4)": (EIGHT, FOUR),
+    "4 bits (--kv-bits 4)": (FOUR, FOUR),
+    "keys 8, rows not turned": (symmetric(8, 128), unchanged),
+    "keys 8, turned": (EIGHT, unchanged),
+    "keys 4 g32, not turned": (asymmetric(4, 32), unchanged),
+    "keys 4 g32, turned": (FOUR, unchanged),
+    "keys 4 g16, turned": (turned(asymmetric(4, 16)), unchanged),
+    "keys 4 g16 symmetric, turned": (turned(symmetric(4, 16)), unchanged),
+    "keys 4, channels over 32 tokens": (channels(4, 32), unchanged),
+    "values 4 g32, not turned": (unchanged, asymmetric(4, 32)),
+    "values 4 g32, turned": (unchanged, FOUR),
+}
+
+
+class Rounded(Ops):
+    """Torch's operations over a cache of floats that hold what a scheme would give back."""
+
+    def __init__(self, scheme: tuple[Rounding, Rounding]) -> None:
+        self.scheme = scheme
+
+    def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
+        super().append(cache, start, self.scheme[0](key.float()), self.scheme[1](value.float()))
+
+
+def layers(model: LoadedModel) -> list[DecoderLayer]:
+    return [layer for layer in model.model.model.layers if isinstance(layer, DecoderLayer)]
+
+
+def add_outliers(model: LoadedModel, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = model.config.num_key_value_heads * model.config.head_dim
+    for layer in layers(model):
+        bias = torch.zeros(width)
+        bias[torch.randperm(width, generator=generator)[:OUTLIER_CHANNELS]] = (
+            torch.randn(OUTLIER_CHANNELS, generator=generator) * size
+        )
+        projection = layer.self_attn.k_proj
+        before = torch.zeros(width) if projection.bias is None else projection.bias.float()
+        projection.bias = torch.nn.Parameter(before + bias, requires_grad=False)
+
+
+def hidden_states(model: LoadedModel, ids: list[int], scheme: tuple[Rounding, Rounding]) -> Tensor:
+    for layer in layers(model):
+        layer.self_attn.ops = Rounded(scheme)
+    cache = model.new_context().cache
+    parts = [model.model.hidden_states(torch.tensor(ids[i : i + CHUNK]), cache) for i in range(0, len(ids), CHUNK)]
+    return torch.cat(parts)[len(ids) // 2 :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), metavar="NAME")
+    parser.add_argument("--key-outliers", type=float, default=0.0)
+    args = parser.parse_args()
+    model = load_model(args.model, dtype="fp32", activations="bf16", context_len=args.tokens)
+    model.model.stack = None
+    if args.key_outliers:
+        add_outliers(model, args.key_outliers)
+    text = args.text.read_text(encoding="utf-8")
+    ids = [*model.tokenizer.prefix_ids, *model.tokenizer.encode(text[: 12 * args.tokens])][: args.tokens]
+    rows = []
+    with torch.inference_mode():
+        exact = hidden_states(model, ids, (unchanged, unchanged))
+        for name in args.schemes:
+            ours, kl, same = hidden_states(model, ids, SCHEMES[name]), 0.0, 0
+            for first in range(0, len(ours), ROWS):
+                p, q = (model.model.lm_head(h[first : first + ROWS]).double().log_softmax(-1) for h in (exact, ours))
+                kl += float((p.exp() * (p - q)).sum())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            rows.append({"scheme": name, "kld_mean": kl / len(ours), "same_top1": same / len(ours)})
+            print(rows[-1], file=sys.stderr, flush=True)
+    print(
+        json.dumps({"model": model.name, "tokens": len(ids), "key_outliers": args.key_outliers, "rows": rows}, indent=2)
+    )
+
+
+if __name__ == "__main__":
+    main()
