@@ -332,3 +332,19 @@ def test_a_session_finds_a_document_of_another_run(tmp_path: Path) -> None:
     assert tokens == expected
     assert timings.prefill_tokens == left < 200
     assert len(again.recalled) == 1
+
+
+@pytest.mark.parametrize("kv_bits", ["8", "4", "8:4"])
+def test_quantized_caches_come_back_as_they_were(tiny: LoadedModel, tmp_path: Path, kv_bits: str) -> None:
+    model = load_model(tiny.folder, dtype="fp32", context_len=1600, kv_bits=kv_bits)
+    context = model.new_context()
+    model.prefill(PROMPT, context)
+    kept = Kept(model, tmp_path)
+    kept.cache.offer(context, PROMPT, 0)
+    kept.cache.keep()
+    again = model.new_context()
+    assert Kept(model, tmp_path).cache.recall(again, PROMPT) == 640
+    for layer in range(2):
+        for name, rows in again.cache.rows(layer, 0, 640).items():
+            assert torch.equal(rows, context.cache.rows(layer, 0, 640)[name]), name
+    assert Kept(tiny, tmp_path).cache.recall(tiny.new_context(), PROMPT) == 0  # 16 bits are another cache
