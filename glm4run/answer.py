@@ -74,6 +74,7 @@ class Answer:
             "speculation": {"drafted": self.timings.drafted_tokens, "accepted": self.timings.accepted_tokens},
             "model": self.model,
             "backend": self.backend,
+            "cached_tokens": self.timings.recalled_tokens,
             **({} if self.constraint is None else {"valid": self.problem is None}),
             **({} if self.problem is None else {"problem": self.problem}),
             **({"logprobs": [_as_json(token) for token in self.logprobs]} if self.logprobs else {}),

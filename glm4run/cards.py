@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from glm4run.config import ModelConfig, parse_config
+from glm4run.config import YARN_FACTOR, ModelConfig, parse_config
 from glm4run.errors import Glm4RunError
 
 DEMO_NAME = "demo"
@@ -78,6 +78,13 @@ def _parse_card(raw: Mapping[str, Any], path: Path) -> Card:
         note=raw["note"],
         config=parse_config(raw["config"], where=str(path)),
     )
+
+
+def yarn_factor(config: ModelConfig, card: Card | None) -> float | None:
+    """How far YaRN may stretch a model: as its card says; without a card, as the series of its architecture does."""
+    if card is not None:
+        return card.yarn_factor
+    return YARN_FACTOR if config.has_sandwich_norms else None
 
 
 def match_card(config: ModelConfig, *, dialect: str | None = None, name: str = "") -> Card | None:

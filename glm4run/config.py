@@ -19,6 +19,7 @@ from glm4run.quant_config import QuantConfig, parse_quantization
 
 SUPPORTED_MODEL_TYPES = ("chatglm", "glm", "glm4")
 DEFAULT_ROPE_THETA = 10000.0
+YARN_FACTOR = 4.0  # what the model card of the 0414 series asks for
 DEFAULT_PARTIAL_ROTARY_FACTOR = 0.5  # GlmConfig's and Glm4Config's default; 1.0 is what generic loaders assume
 
 # glm-4-9b-chat-hf and -chat-1m-hf were published with rope_theta 10000.0 although the same weights in the original
@@ -87,7 +88,7 @@ class ModelConfig:
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + tables + self.hidden_size
 
-    def with_yarn(self, factor: float = 4.0) -> ModelConfig:
+    def with_yarn(self, factor: float = YARN_FACTOR) -> ModelConfig:
         """The same model with YaRN stretching its native context by `factor`."""
         scaling = RopeScaling(factor=factor, original_max_position_embeddings=self.max_position_embeddings)
         return dataclasses.replace(self, rope_scaling=scaling, max_position_embeddings=scaling.stretched_length)
@@ -225,16 +226,21 @@ class _Reader:
                 f"{self.where}: rope scaling of type {kind!r}, expected yarn or none",
                 hint="this family is extended with YaRN: {'rope_type': 'yarn', 'factor': 4.0, ...}",
             )
-        native = table.get("original_max_position_embeddings") or self.raw.get("max_position_embeddings")
-        if not isinstance(native, int):
-            raise CheckpointError(f"{self.where}: YaRN without original_max_position_embeddings")
+        positions = self.raw.get("max_position_embeddings") or self.raw.get("seq_length")
+        native = table.get("original_max_position_embeddings") or positions
+        if isinstance(native, bool) or not isinstance(native, int) or native <= 0:
+            raise CheckpointError(
+                f"{self.where}: YaRN's original_max_position_embeddings is {native!r}, expected a number of tokens"
+            )
         for key, only in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
             if table.get(key, only) not in (None, only):
                 raise CheckpointError(
                     f"{self.where}: YaRN's {key} is set to {table[key]!r}, which is not supported",
                     hint="the 0414 series uses plain YaRN: rope_type, factor and original_max_position_embeddings",
                 )
-        factor = self.number("factor", table=table)
+        # Without a factor it is what the file's two lengths say, as in transformers.
+        stretched = positions / native if isinstance(positions, int) and positions > native else None
+        factor = self.number("factor", stretched, table=table)
         if factor <= 0:
             raise CheckpointError(f"{self.where}: YaRN's factor is {factor}, expected a positive number")
         return RopeScaling(

@@ -24,6 +24,12 @@ Fingerprint = Mapping[str, str]
 
 def fingerprint(model: LoadedModel) -> dict[str, str]:
     """By part: weights, tokenizer, quantization, rope, template, cache. Reads samples, not the whole files."""
+    template = "none" if model.dialect is None else model.dialect.name
+    return {**of_computation(model), "tokenizer": _vocabulary(model.tokenizer), "template": template}
+
+
+def of_computation(model: LoadedModel) -> dict[str, str]:
+    """What the keys and values of given token ids depend on: weights, quantization, rope, cache."""
     config = model.config
     rope = (config.rope_theta, config.rope_scaling, config.partial_rotary_factor, config.head_dim)
     packed = None if config.quantization is None else asdict(config.quantization)
@@ -32,10 +38,8 @@ def fingerprint(model: LoadedModel) -> dict[str, str]:
     kept = model.memory_run.kv_format
     return {
         "weights": _digest(b"".join(map(_weight_file, sorted(model.folder.glob("*.safetensors"))))),
-        "tokenizer": _vocabulary(model.tokenizer),
         "quantization": _digest(json.dumps(packed, sort_keys=True, default=str).encode()),
         "rope": _digest(repr(rope).encode()),
-        "template": "none" if model.dialect is None else model.dialect.name,
         "cache": str(model.model.dtype).removeprefix("torch.") + (f", {kept} bits" if kept.is_quantized else ""),
     }
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,22 @@ SEPARATOR = "<|assistant|>"  # between the calls of one answer
 COMPLETE = "constraint"  # what an answer was stopped by that is whole and to which nothing may be added
 
 
+class KeptPrompts(Protocol):
+    """Prompts whose keys and values are kept beyond the process."""
+
+    def recall(self, context: Context, prompt: Sequence[int]) -> int:
+        """Loads what is kept of `prompt` behind what the context shares with it; returns how many tokens."""
+        ...
+
+    def offer(self, context: Context, prompt: Sequence[int], start: int) -> None:
+        """Notes that `prompt` had to be computed from `start` on."""
+        ...
+
+    def keep(self) -> None:
+        """Writes what was offered. Called when an answer has been shown: no first token waits for a disk."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with its tokenizer, ready to be asked. Made by `load_model`."""
@@ -65,6 +81,7 @@ class LoadedModel:
     notices: tuple[str, ...]
     load_s: float
     device: torch.device
+    kept_prompts: KeptPrompts | None = None
 
     @cached_property
     def ordinary_tokens(self) -> Tensor:
@@ -374,7 +391,8 @@ class _Generation:
         allowed = self._allowed(calls=bool(declared))
         sampler = Sampler(self.params, allowed)
         dead = DeadTokens(owner.dead_ids)
-        logits = self.prefill(prompt, on_prefill)
+        self._recall(prompt)
+        logits = self.prefill(prompt, on_prefill, keep=True)
         generated: list[int] = []
         while True:
             mask = None if rule is None else rule.allowed()
@@ -509,10 +527,27 @@ class _Generation:
             return "repetition"
         return None
 
-    @torch.inference_mode()
-    def prefill(self, prompt: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
-        """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V]."""
+    def _recall(self, prompt: list[int]) -> None:
+        if self.owner.kept_prompts is not None:
+            self.timings.recalled_tokens += self.owner.kept_prompts.recall(self.context, prompt)
+
+    def prefill(
+        self, prompt: list[int], on_prefill: Callable[[int, int], None] | None, *, keep: bool = False
+    ) -> Tensor:
+        """Feeds what the cache does not hold yet, a chunk at a time; returns the last position's logits [V].
+
+        With `keep` it is offered to the kept prompts, also what was fed before an interrupt.
+        """
         new = self.context.reuse(prompt)
+        start = len(self.context.ids)
+        try:
+            return self._read(new, on_prefill)
+        finally:
+            if keep and self.owner.kept_prompts is not None:
+                self.owner.kept_prompts.offer(self.context, prompt, start)
+
+    @torch.inference_mode()
+    def _read(self, new: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
         started = time.perf_counter()
         logits: Tensor | None = None
         size = self.owner.plan.chunk

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from glm4run.kv_cache import KVCache
 from glm4run.steps import Context, common_prefix
@@ -110,39 +112,18 @@ class KVFiles:
 
     def _load(self, piece: Piece, cache: KVCache, start: int, end: int) -> bool:
         try:
-            with safe_open(piece.path, framework="pt") as file:
-                for layer in range(len(cache.layers)):
-                    rows = {}
-                    for name in cache.rows(layer, 0, 0):
-                        rows[name] = file.get_slice(f"{name}.{layer}")[:, start - piece.start : end - piece.start]
-                    cache.restore(layer, start, rows)
-        except (OSError, SafetensorError, ValueError) as error:
+            load_piece(piece, cache, start, end)
+        except PieceError as error:
             self.pieces.remove(piece)
             self.on_problem(f"a part of the saved cache is damaged and is computed again: {piece.path.name}: {error}")
             return False
-        cache.advance(end - start)
         return True
 
     def _write(self, cache: KVCache, ids: Sequence[int], start: int, end: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"ids": torch.tensor(ids[start:end], dtype=torch.int32)}
-        for layer in range(len(cache.layers)):
-            for name, rows in cache.rows(layer, start, end).items():
-                tensors[f"{name}.{layer}"] = rows.cpu().contiguous()
-        before = digest(ids[:start])
         path = self.folder / f"{start:07d}-{digest(ids[:end])[:16]}{SUFFIX}"
+        before = digest(ids[:start])
         metadata = {"start": str(start), "before": before, "fingerprint": json.dumps(self.fingerprint)}
-        beside = path.with_suffix(".partial")
-        try:
-            save_file(tensors, beside, metadata)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.rename(path)
-        except SafetensorError as error:  # what the library makes of a full disk
-            raise OSError(str(error)) from error
-        finally:
-            beside.unlink(missing_ok=True)
-        self.pieces.append(Piece(path, start, before, tuple(ids[start:end])))
+        self.pieces.append(write_piece(path, cache, ids[start:end], start, before, metadata))
 
     def _read_index(self) -> list[Piece]:
         """The pieces of this model; those of another are left alone."""
@@ -158,6 +139,63 @@ class KVFiles:
             except (OSError, SafetensorError, ValueError, KeyError) as error:
                 self.on_problem(f"a part of the saved cache cannot be read: {path.name}: {error}")
         return found
+
+
+class PieceError(Exception):
+    """A piece that cannot be read, or is not what was written."""
+
+
+def load_piece(piece: Piece, cache: KVCache, start: int, end: int) -> None:
+    """Puts the tokens `start` to `end` of a piece behind the cache's position, which is `start`.
+
+    Raises:
+        PieceError: it is damaged, or of another shape. The cache's position is as it was.
+    """
+    try:
+        with safe_open(piece.path, framework="pt") as file:
+            sums = json.loads((file.metadata() or {}).get("crc32", "{}"))
+            for layer in range(len(cache.layers)):
+                rows = {}
+                for name in cache.rows(layer, 0, 0):
+                    whole = file.get_tensor(f"{name}.{layer}")
+                    if sums and sums.get(f"{name}.{layer}") != _crc32(whole):
+                        raise PieceError(f"{name}.{layer} is not what was written")
+                    rows[name] = whole[:, start - piece.start : end - piece.start]
+                cache.restore(layer, start, rows)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PieceError(str(error)) from error
+    cache.advance(end - start)
+
+
+def write_piece(
+    path: Path, cache: KVCache, ids: Sequence[int], start: int, before: str, metadata: Mapping[str, str]
+) -> Piece:
+    """Writes what the cache holds of `ids`, the tokens from `start` on. The file is whole or not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"ids": torch.tensor(ids, dtype=torch.int32)}
+    for layer in range(len(cache.layers)):
+        for name, rows in cache.rows(layer, start, start + len(ids)).items():
+            tensors[f"{name}.{layer}"] = rows.cpu().contiguous()
+    sums = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, beside, {**metadata, "crc32": json.dumps(sums)})
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(str(error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return Piece(path, start, before, tuple(ids))
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def digest(ids: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from glm4run import memory
-from glm4run.cards import Card, match_card
+from glm4run.cards import Card, match_card, yarn_factor
 from glm4run.checkpoint.layouts import linear_shapes, quantized_linears
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig, read_config
@@ -184,12 +184,19 @@ def adapt_config(
         raise UsageError(f"the RoPE base is {rope_theta:g}, expected a positive number")
     if rope_theta is not None:
         config = dataclasses.replace(config, rope_theta=rope_theta, notices=())
-    factor = None if card is None else card.yarn_factor
+    factor = yarn_factor(config, card)
     native = config.max_position_embeddings
     passes_native = context_len is not None and context_len > native
     if config.rope_scaling is not None and yarn == "off":
         native = config.rope_scaling.original_max_position_embeddings
         config = dataclasses.replace(config, rope_scaling=None, max_position_embeddings=native)
+        notices.append(f"the YaRN of config.json is off: context {native}")
+    elif config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        notices.append(
+            f"YaRN x{scaling.factor:g}, as config.json says: native context "
+            f"{scaling.original_max_position_embeddings}, now {native} (--yarn off)"
+        )
     elif config.rope_scaling is None and yarn == "on" and factor is None:
         raise UsageError("this model is not extended with YaRN", hint="use --yarn auto")
     elif config.rope_scaling is None and factor is not None and (yarn == "on" or (yarn == "auto" and passes_native)):
@@ -205,8 +212,10 @@ def choose_context(run: Run, device: torch.device, context_len: int | None) -> M
     """The plan for the asked context, or for the largest that fits where none is asked."""
     limit = run.config.max_position_embeddings
     if context_len is not None and context_len > limit:
+        stretchable = run.config.has_sandwich_norms and run.config.rope_scaling is None  # then --yarn off was given
         raise DoesNotFitError(
-            f"a context of {context_len} tokens was asked for, this model has {limit}", hint=f"use --ctx {limit}"
+            f"a context of {context_len} tokens was asked for, this model has {limit}",
+            hint=f"use --ctx {limit}" + (", or --yarn auto" if stretchable else ""),
         )
     free = available_bytes(device)
     if free is None:

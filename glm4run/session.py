@@ -155,6 +155,13 @@ class Session:
         message, _ = with_files(text, files)
         return self._reading(self._prompt_with(message))
 
+    def recall(self, reading: Reading) -> Reading:
+        """Takes what is kept of a long prompt from other runs, and says what is left to read."""
+        kept = self.model.kept_prompts
+        return (
+            reading if kept is None or not kept.recall(self._context, reading.prompt) else self._reading(reading.prompt)
+        )
+
     def probe(self, reading: Reading) -> Reading:
         """Prefills the beginning of what is new, and predicts the rest from it. Nothing of it is done twice."""
         common = len(reading.prompt) - reading.new_tokens
@@ -375,6 +382,8 @@ class Session:
                     self._add_answer(heard)
                 self.most_context_used = max(self.most_context_used, len(self._context.ids))
                 self.save_cache()
+                if self.model.kept_prompts is not None:
+                    self.model.kept_prompts.keep()
 
     def _add_answer(self, heard: _Heard) -> None:
         message = Message("assistant", "" if heard.calls else heard.text, tool_calls=heard.calls)

@@ -46,6 +46,7 @@ class Timings:
 
     prefill_s: float = 0.0
     prefill_tokens: int = 0
+    recalled_tokens: int = 0  # from kept prompts, beside `prefill_tokens`
     decode_s: float = 0.0
     decode_tokens: int = 0
     drafted_tokens: int = 0  # by speculation

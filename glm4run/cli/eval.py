@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def eval(
-    text: Annotated[Path, typer.Option(help="The text, a file in UTF-8", show_default=False)],
     model: Annotated[
         str | None, typer.Argument(help="Folder or name; default: the newest packed model, else the demo")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="The text, a file in UTF-8; with --needle the haystack, built in by default")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The model to compare with: a folder or a name")] = None,
     reference_logits: Annotated[
@@ -31,7 +33,12 @@ def eval(
     save_logits: Annotated[
         Path | None, typer.Option(help="Write this model's distributions, 2 bytes for each token of the vocabulary")
     ] = None,
-    ctx: Annotated[str, typer.Option(help="Tokens of a window, prefix included")] = str(DEFAULT_CONTEXT),
+    ctx: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Tokens of a window, prefix included; default: {DEFAULT_CONTEXT}. With --needle the context"
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -40,6 +47,23 @@ def eval(
     ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="At most so many windows, from the start")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens of the text")] = None,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Find a needle in a haystack instead: a grid of lengths and depths")
+    ] = False,
+    lengths: Annotated[
+        str | None, typer.Option(help="With --needle: tokens, such as 1k,4k,16k; default: what fits the context")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="With --needle: percent of the haystack before it; default: 0,25,50,75,100")
+    ] = None,
+    needles: Annotated[int | None, typer.Option(min=1, help="With --needle: so many for each cell; default: 3")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --needle: of the codes; default: 0")] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="With --needle: answer (the default; has it the code?) or logprob (are its tokens likeliest?)"
+        ),
+    ] = None,
     backend: options.Backend = "auto",
     activations: options.Activations = "auto",
     quantize_on_load: options.QuantizeOnLoad = None,
@@ -52,12 +76,6 @@ def eval(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document")] = False,
 ) -> None:
     """Perplexity over a text; with a reference also KL divergence and how often the likeliest token is the same."""
-    context = options.parse_context(ctx)
-    assert context is not None
-    if reference is not None and reference_logits is not None:
-        raise UsageError("--reference and --reference-logits are two references", hint="give one of them")
-    cut = Cut(context, stride, windows, max_tokens)
-    content = read_text(text)
     common: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
@@ -65,9 +83,23 @@ def eval(
         "rope_theta": rope_theta,
         "yarn": yarn,
     }
-    saved = _open_saved(reference_logits)
     ours: dict[str, Any] = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
     ours["kv_bits"] = kv_bits  # the reference's cache is not quantized, so that a model can be its own reference
+    if needle:
+        _refuse("--needle", reference, reference_logits, save_logits, stride, windows, max_tokens)
+        _search(model, text, ctx, lengths, depths, needles, seed, score, as_json=as_json, **ours, **common)
+        return
+    _refuse("an evaluation without --needle", lengths, depths, needles, seed, score)
+    if text is None:
+        raise UsageError("no --text to evaluate on", hint="--text FILE, or --needle")
+    ctx = ctx or str(DEFAULT_CONTEXT)
+    context = options.parse_context(ctx)
+    assert context is not None
+    if reference is not None and reference_logits is not None:
+        raise UsageError("--reference and --reference-logits are two references", hint="give one of them")
+    cut = Cut(context, stride, windows, max_tokens)
+    content = read_text(text)
+    saved = _open_saved(reference_logits)
     _, loaded = options.load(model, ctx=ctx, **ours, **common)
     against: LoadedModel | SavedReference | None = saved
     if reference is not None:
@@ -91,6 +123,50 @@ def eval(
         write_json(_as_json(result, facts))
     else:
         _print(result, facts)
+
+
+def _refuse(what: str, *given: Any) -> None:
+    if any(value is not None for value in given):
+        raise UsageError(f"an option was given that {what} does not have", hint="`glm4run eval --help` lists them")
+
+
+def _search(
+    model: str | None,
+    text: Path | None,
+    ctx: str | None,
+    lengths: str | None,
+    depths: str | None,
+    count: int | None,
+    seed: int | None,
+    score: str | None,
+    *,
+    as_json: bool,
+    **options_of_load: Any,
+) -> None:
+    from glm4run.cli.needle import haystack, run
+    from glm4run.needle import DEFAULT_DEPTHS, DEFAULT_NEEDLES, needles, require_score
+
+    # What is wrong is said before a model is loaded.
+    sizes = (
+        tuple(options.parse_context(word.strip(), "--lengths") or 0 for word in lengths.split(",")) if lengths else ()
+    )
+    try:
+        percent = tuple(int(word) for word in depths.split(",")) if depths else DEFAULT_DEPTHS
+    except ValueError:
+        raise UsageError(f"--depths {depths!r} are no numbers", hint="percent, such as 0,50,100") from None
+    chosen, content = require_score(score or "answer"), haystack(text)
+    needles(count or DEFAULT_NEEDLES, 0)
+    _, loaded = options.load(model, ctx=ctx or (str(max(sizes)) if sizes else None), **options_of_load)
+    run(
+        loaded,
+        content,
+        lengths=sizes,
+        depths=percent,
+        count=count or DEFAULT_NEEDLES,
+        seed=seed or 0,
+        score=chosen,
+        as_json=as_json,
+    )
 
 
 def _open_saved(path: Path | None) -> SavedReference | None:

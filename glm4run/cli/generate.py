@@ -64,6 +64,7 @@ def generate(
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
     yarn: options.Yarn = "auto",
+    prompt_cache: options.PromptCache = None,
     check_plan: options.CheckPlan = False,
 ) -> int:
     """Generate an answer to PROMPT, or answers to every line of a file."""
@@ -71,6 +72,7 @@ def generate(
         raise UsageError("--input and --output go together", hint="glm4run generate --input FILE --output FILE")
     if input_file is not None and prompt is not None:
         raise UsageError("a PROMPT and --input were given", hint="use one of the two")
+    kept_bytes = options.prompt_cache_bytes(prompt_cache)
     constraint = options.given_constraint(json_schema, regex)
     sequences = _parse_batch(batch)
     if sequences is not None and input_file is None:
@@ -92,6 +94,7 @@ def generate(
         kv_bits=kv_bits,
         needs_chat=chat is True,
     )
+    loaded = options.with_kept_prompts(loaded, kept_bytes)
     given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
     options.require_speculation(loaded, speculate)
     params = dataclasses.replace(loaded.default_params(), **given)
@@ -189,6 +192,7 @@ def _run_one(
     else:
         write_text(answer.text + "\n" if is_held else "\n")
         _say_how_it_ended(answer)
+    _keep_prompts(loaded)
     if check_plan:
         options.say_plan_check(loaded, answer.prompt_tokens + answer.completion_tokens)
     if answer.error is not None:
@@ -210,6 +214,12 @@ def _not_valid(answer: Answer) -> Glm4RunError:
         f"the answer ended by {answer.finish_reason} and is not valid: {answer.problem}",
         hint=hints.get(answer.finish_reason),
     )
+
+
+def _keep_prompts(loaded: LoadedModel) -> None:
+    """Writes what was read, now that its answer is shown."""
+    if loaded.kept_prompts is not None:
+        loaded.kept_prompts.keep()
 
 
 def _say_how_it_ended(answer: Answer) -> None:
@@ -259,6 +269,7 @@ def _run_batch(
     with count_progress("answering", work.answered, work.total) as update:
         for item in work.run():
             answer = item.answer
+            _keep_prompts(loaded)
             if answer.finish_reason == "interrupted":
                 note(f"interrupted: run the same command again to go on after {item.done} answers")
                 return EXIT_INTERRUPTED

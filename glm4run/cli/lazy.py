@@ -33,6 +33,7 @@ COMMANDS = {
     "tokenize": ("tokenize", "Show the token ids of a text, or of a conversation as the model would see it."),
     "info": ("info", "Say what a model is: member of the family, shape, quantization, size, context, chat dialect."),
     "models": ("info", "List the models on this machine, and the members of the family."),
+    "cache": ("cache", "List or remove the prompts that are kept on disk so that they are not read twice."),
     "check": (
         "check",
         "Check headers, config, scales and tokenizer of a model folder; takes seconds and loads no weights.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -11,7 +12,7 @@ from glm4run.config import read_config
 from glm4run.dialects import Dialect
 from glm4run.errors import UsageError
 from glm4run.kv_format import parse_kv_bits
-from glm4run.memory import parse_size
+from glm4run.memory import parse_bytes, parse_size
 from glm4run.model_folders import (
     FoundModel,
     chat_dialect,
@@ -20,6 +21,7 @@ from glm4run.model_folders import (
     no_chat_template,
     read_provenance,
 )
+from glm4run.prompt_store import DEFAULT_BYTES
 from glm4run.speculative import parse_speculate
 
 if TYPE_CHECKING:
@@ -73,6 +75,47 @@ JsonSchema = Annotated[
     str | None, typer.Option("--json-schema", help="Answer with JSON that fits this schema: a file, or JSON itself")
 ]
 Regex = Annotated[str | None, typer.Option("--regex", help="Answer with text that this matches as a whole")]
+
+
+PromptCache = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep long prompts on disk, so that nothing is read twice: off, or the most they may take "
+        "(default: 8GiB, and a fifth of the free disk at most)"
+    ),
+]
+PROMPT_CACHE_VARIABLE = "GLM4RUN_PROMPT_CACHE"  # the default of --prompt-cache
+
+
+def prompt_cache_bytes(text: str | None) -> int | None:
+    """What `--prompt-cache` (else `$GLM4RUN_PROMPT_CACHE`) allows; None where it is off."""
+    option = "--prompt-cache" if text is not None else f"${PROMPT_CACHE_VARIABLE}"
+    asked = text if text is not None else os.environ.get(PROMPT_CACHE_VARIABLE) or None
+    if asked is None:
+        return DEFAULT_BYTES
+    if asked == "off":
+        return None
+    try:
+        return parse_bytes(asked)
+    except ValueError:
+        raise UsageError(f"{option} {asked!r} is not a size", hint="off, or a size such as 8GiB") from None
+
+
+def with_kept_prompts(loaded: LoadedModel, most_bytes: int | None) -> LoadedModel:
+    """The model with its kept prompts; what is taken from them is said on stderr."""
+    if most_bytes is None:
+        return loaded
+    import dataclasses
+
+    from glm4run.prompt_cache import PromptCache as KeptPrompts
+
+    kept = KeptPrompts(
+        loaded,
+        most_bytes=most_bytes,
+        on_recall=lambda tokens, of: note(f"{tokens} of {of} prompt tokens came from the prompt cache"),
+        on_problem=lambda line: talk(f"notice: {line}", style="yellow", only="notice:"),
+    )
+    return dataclasses.replace(loaded, kept_prompts=kept)
 
 
 def parse_context(text: str | None, option: str = "--ctx") -> int | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from glm4run.cards import load_cards, match_card
+from glm4run.cards import load_cards, match_card, yarn_factor
 from glm4run.checkpoint.layouts import linear_shapes, locate, quantized_linears
 from glm4run.checkpoint.safetensors_index import as_error, read_index
 from glm4run.config import ModelConfig, read_config
@@ -134,7 +134,7 @@ def read_subject(folder: Path) -> Subject:
         folder,
         {name: (source.entry.dtype, source.shape) for name, source in sources.items()},
         quantized_linears(config),
-        None if card is None else card.yarn_factor,
+        yarn_factor(config, card),
         str(folder),
     )
 

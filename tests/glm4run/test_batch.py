@@ -17,7 +17,7 @@ from glm4run.errors import UsageError
 from tests.scripted import ScriptedModel, loaded_model, with_script
 
 KEYS = {"id", "text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "stopped_by", "tool_calls"}
-KEYS |= {"timings", "speculation", "model", "backend"}
+KEYS |= {"timings", "speculation", "model", "backend", "cached_tokens"}
 
 
 @pytest.fixture(scope="module")

@@ -306,9 +306,21 @@ def test_yarn_in_the_file_stretches_the_context_as_the_model_card_says(stated: i
     assert parse_config(glm4(max_position_embeddings=stated, rope_scaling=yarn)).max_position_embeddings == 131072
 
 
-def test_yarn_without_a_factor_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="factor"):
-        parse_config(glm4(rope_scaling={"type": "yarn"}))
+def test_yarn_without_a_factor_is_what_the_two_lengths_say_or_refused() -> None:
+    yarn = {"type": "yarn", "original_max_position_embeddings": 32768}
+    config = parse_config(glm4(max_position_embeddings=131072, rope_scaling=yarn))
+    assert config.rope_scaling == RopeScaling(factor=4.0, original_max_position_embeddings=32768)
+    assert config.max_position_embeddings == 131072
+    for scaling in ({"type": "yarn"}, yarn):  # the lengths are the same: nothing says how far
+        with pytest.raises(CheckpointError, match="factor"):
+            parse_config(glm4(rope_scaling=scaling))
+
+
+@pytest.mark.parametrize("native", [-1, "32k", True, 32768.0])
+def test_yarn_of_a_native_length_that_is_none_is_refused(native: object) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": native}
+    with pytest.raises(CheckpointError, match="original_max_position_embeddings"):
+        parse_config(glm4(rope_scaling=yarn))
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])

@@ -377,8 +377,42 @@ def test_yarn_off_keeps_the_native_context() -> None:
     assert adapt_0414(None, "auto", stretched)[0] == stretched
     assert adapt_0414(None, "off", stretched)[0] == load_cards()["GLM-4-9B-0414"].config
     config, _ = adapt_0414(65536, "off")
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(DoesNotFitError) as caught:
         choose_context(run_of(config), CPU, 65536)
+    assert caught.value.hint == "use --ctx 32768, or --yarn auto"
+
+
+def test_yarn_of_the_file_is_said_on_and_off() -> None:
+    stretched = load_cards()["GLM-4-9B-0414"].config.with_yarn(4.0)
+    said = "YaRN x4, as config.json says: native context 32768, now 131072 (--yarn off)"
+    assert adapt_0414(None, "auto", stretched)[1] == adapt_0414(1024, "on", stretched)[1] == [said]
+    assert adapt_0414(1024, "off", stretched)[1] == ["the YaRN of config.json is off: context 32768"]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_one_token_beyond_what_yarn_reaches_is_refused_before_a_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool
+) -> None:
+    """A fine-tuned copy of the 0414 series has no card of its own: its architecture says how far it stretches."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    changes: dict[str, Any] = {"rope_scaling": yarn} if in_file else {}
+    folder = write_checkpoint(tmp_path / "m", "glm4", **changes)
+    assert load_model(folder, context_len=2048).plan.context_len == 2048
+    monkeypatch.setattr("glm4run.loading.TensorLoader", None)
+    with pytest.raises(DoesNotFitError, match="2049 tokens was asked for, this model has 2048"):
+        load_model(folder, context_len=2049)
+
+
+def test_logits_without_yarn_are_those_of_the_model_without_it(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    plain = load_model(write_checkpoint(tmp_path / "plain", "glm4"), dtype="fp32").logits(IDS)
+    folder = write_checkpoint(tmp_path / "yarn", "glm4", rope_scaling=yarn)
+    assert torch.equal(load_model(folder, dtype="fp32", yarn="off").logits(IDS), plain)
+    on = load_model(folder, dtype="fp32").logits(IDS)
+    assert not torch.allclose(on, plain)
+    asked = load_model(write_checkpoint(tmp_path / "asked", "glm4"), dtype="fp32", context_len=513)
+    assert torch.equal(asked.logits(IDS), on)
+    assert asked.notices == ("YaRN x4: native context 512, now 2048",)
 
 
 def test_yarn_for_a_model_that_is_not_stretched_is_an_error(packed: Path) -> None:

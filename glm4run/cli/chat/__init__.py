@@ -66,6 +66,7 @@ def chat(
     threads: options.Threads = None,
     rope_theta: options.RopeTheta = None,
     yarn: options.Yarn = "auto",
+    prompt_cache: options.PromptCache = None,
     check_plan: options.CheckPlan = False,
 ) -> int:
     """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
@@ -77,6 +78,7 @@ def chat(
         raise UsageError("--no-save keeps nothing, and a session was named", hint="leave one of the two out")
     if save is not None and resume is not None:
         raise UsageError("--save and --resume were given", hint="/save NAME gives a resumed session another name")
+    kept_bytes = None if no_save else options.prompt_cache_bytes(prompt_cache)
     if resume is not None:
         resume, folder = opening.resolve_resumed(resume)
         model = model or folder
@@ -103,6 +105,7 @@ def chat(
     params = dataclasses.replace(loaded.default_params(), recover=True, **given)
     if force and loaded.dialect is None:
         loaded = _with_forced_dialect(loaded)
+    loaded = options.with_kept_prompts(loaded, kept_bytes)
     from glm4run.benchmark import remembered_bandwidth
     from glm4run.cli.chat.commands import complete
     from glm4run.cli.chat.prompt import choose_reader, history_file

@@ -61,6 +61,9 @@ def announce_reading(chat: Chat, text: str, files: list[tuple[str, str]]) -> Non
     limit = session.model.plan.context_len
     if reading.new_tokens <= chunk or len(reading.prompt) >= limit:
         return
+    reading = session.recall(reading)
+    if reading.new_tokens <= chunk:
+        return
     measured = session.probe(reading)
     seconds = measured.seconds or 0.0
     hint = "; Ctrl-C stops it and keeps what was read" if seconds > LONG_READ_S else ""

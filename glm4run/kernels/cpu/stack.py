@@ -76,6 +76,7 @@ class NativeStack:
         x = x.clone(memory_format=torch.contiguous_format)
         count = len(positions)
         structs = [(G4Cache * len(layers))(*map(cache_struct, layers)) for layers in caches]
+        pointer = ctypes.POINTER(G4Cache)
         failed = native().g4_stack(
             ctypes.byref(self._stack),
             x.data_ptr(),
@@ -84,7 +85,7 @@ class NativeStack:
             (ctypes.c_int64 * count)(*positions),
             cos.data_ptr(),
             sin.data_ptr(),
-            (ctypes.POINTER(G4Cache) * count)(*structs),
+            (pointer * count)(*(ctypes.cast(array, pointer) for array in structs)),
         )
         if failed:
             raise GenerationError("out of memory for the activations", hint="use a smaller --ctx")

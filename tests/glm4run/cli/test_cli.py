@@ -26,7 +26,7 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 
 GENERATE_KEYS = [
     *("text", "token_ids", "prompt_tokens", "completion_tokens", "finish_reason", "stopped_by", "tool_calls"),
-    *("timings", "speculation", "model", "backend"),
+    *("timings", "speculation", "model", "backend", "cached_tokens"),
 ]
 TIMING_KEYS = ["load_s", "prefill_s", "prefill_tok_per_s", "decode_s", "decode_tok_per_s"]
 

@@ -65,6 +65,14 @@ def test_cache_of_the_family() -> None:
     assert plan_run(run_of("glm-4-9b-chat-1m"), 131072).bytes_of("kv_cache") == 10 * GIB
 
 
+def test_plan_of_a_million_tokens() -> None:
+    """Whole numbers all the way: 80 GiB of cache at 1,048,576, one token's 80 KiB less before it."""
+    last, full = (plan_run(run_of("glm-4-9b-chat-1m"), n) for n in (1_048_575, 1_048_576))
+    assert full.bytes_of("kv_cache") == 80 * GIB
+    assert full.bytes_of("kv_cache") - last.bytes_of("kv_cache") == 81_920
+    assert full.bytes_of("kv_cache") == 2 * plan_run(run_of(), 1_048_576).bytes_of("kv_cache")
+
+
 def test_cache_rows_of_fewer_bits() -> None:
     """int8 with a 16-bit scale a row: 20.31 KiB a token; int4 with scale and minimum for every 32 values: 12.5."""
     tokens = [plan_run(run_of(kv_bits=bits), 1000).bytes_of("kv_cache") for bits in (16, 8, 4)]
