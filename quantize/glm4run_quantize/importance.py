@@ -1,8 +1,8 @@
-"""How large the inputs of a linear are, channel by channel, as far as the weights alone tell.
+"""How large the inputs of each linear are, channel by channel, without any text: from random tokens.
 
-Behind a norm, channel j has the size of the norm's weight j, if the normed residual is alike in all channels. A head's
-value channel then has that of its row in v_proj, and a channel of the gated product that of its rows in gate and up.
-That is crude, and still better than taking all channels for equal: scales then fit the weights that matter.
+What makes an input channel matter (the large channels of the residual, the gains of the norms, the heads and gates
+that are often open) hardly depends on what is read. So a few windows of tokens drawn at random go through the source, a
+layer ahead of the packing. docs/quality.md has what that is worth.
 """
 
 from __future__ import annotations
@@ -12,41 +12,60 @@ from torch import Tensor
 
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig
+from glm4run.ops import Ops
+from glm4run_quantize.calibration import Calibration
+from glm4run_quantize.layerwise import STAGES, Layerwise
+from glm4run_quantize.recipes import HEAD
 
-ROWS = 1024  # of a weight at a time
-
-
-def input_importance(reader: CheckpointReader, config: ModelConfig, module: str) -> Tensor:
-    """Second moments [K] of a linear's inputs, up to a factor, in float32."""
-    layer, _, name = module.rpartition(".")
-    if module == "lm_head":
-        return _norm(reader, "model.norm")
-    block = layer.rpartition(".")[0]  # model.layers.N
-    if name in ("q_proj", "k_proj", "v_proj"):
-        return _norm(reader, f"{block}.input_layernorm")
-    if name == "gate_up_proj":
-        return _norm(reader, f"{block}.post_attention_layernorm")
-    if name == "o_proj":
-        rows = _row_sizes(reader, f"{layer}.v_proj.weight", _norm(reader, f"{block}.input_layernorm"))
-        heads = rows.unflatten(0, (config.num_key_value_heads, 1, config.head_dim))
-        shared = config.num_attention_heads // config.num_key_value_heads
-        spread: Tensor = heads.expand(-1, shared, -1).flatten()
-        return spread
-    assert name == "down_proj", module
-    rows = _row_sizes(reader, f"{layer}.gate_up_proj.weight", _norm(reader, f"{block}.post_attention_layernorm"))
-    gate, up = rows.chunk(2)
-    return gate * up
+WINDOWS, TOKENS = 2, 256
 
 
-def _norm(reader: CheckpointReader, name: str) -> Tensor:
-    return reader.read(f"{name}.weight").float().square()
+class InputMoments:
+    """Means of the squares of what each linear is fed with. Holds one layer of the source at a time, in float32."""
+
+    def __init__(self, reader: CheckpointReader, config: ModelConfig) -> None:
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, config.vocab_size, (WINDOWS, TOKENS), generator=draw)
+        calibration = Calibration("random tokens", "", ids, held_out=0)
+        self._reader = reader
+        self._layers = config.num_hidden_layers
+        self._run = Layerwise(reader, config, {}, "rtn", calibration, torch.float32, torch.device("cpu"))
+        self._next = 0
+        self._found: dict[str, Tensor] = {}
+
+    def of(self, module: str) -> Tensor:
+        """Second moments [K] of the inputs of `module`, float32. Layers are computed as they are asked for."""
+        wanted = self._layers if module == HEAD else int(module.split(".")[2]) + 1
+        while self._next < wanted:
+            self._advance()
+        return head_moments(self._run) if module == HEAD else self._found[module]
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        run, index = self._run, self._next
+        if index == 0:
+            run.source = self._embedded(run.calibration.ids)
+        sums: dict[str, Tensor] = {}
+
+        def visit(stage: str, x: Tensor) -> None:
+            sums[stage] = sums.get(stage, torch.zeros(())) + x.flatten(0, 1).square().sum(0)
+
+        run.source = run.forward(run.layer(index, self._reader.read), run.source, visit)
+        for stage, names in STAGES.items():
+            for name in names:
+                self._found[f"model.layers.{index}.{name}"] = sums[stage] / (WINDOWS * TOKENS)
+        self._next = index + 1
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding [W, T, hidden], one by one: the whole table may be larger than all else."""
+        rows = [self._reader.read_rows("model.embed_tokens.weight", i, i + 1) for i in ids.flatten().tolist()]
+        return torch.cat(rows).float().unflatten(0, tuple(ids.shape))
 
 
-def _row_sizes(reader: CheckpointReader, name: str, columns: Tensor) -> Tensor:
-    """Sums over each row of w^2 times the columns' second moments."""
-    count = reader.sources[name].shape[0]
-    parts = [
-        reader.read_rows(name, first, min(first + ROWS, count)).float().square_() @ columns
-        for first in range(0, count, ROWS)
-    ]
-    return torch.cat(parts)
+@torch.no_grad()
+def head_moments(run: Layerwise) -> Tensor:
+    """Second moments [hidden] of lm_head's inputs, from the source's stream behind all layers."""
+    norm = run.reader.read("model.norm.weight").float().to(run.device)
+    normed: Tensor = Ops().rms_norm(run.source, norm, run.config.rms_norm_eps)
+    moments: Tensor = normed.flatten(0, 1).square().mean(0).cpu()
+    return moments

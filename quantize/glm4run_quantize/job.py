@@ -27,12 +27,13 @@ from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
 from glm4run.machine import default_threads
 from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
-from glm4run_quantize.importance import input_importance
+from glm4run_quantize.importance import InputMoments, head_moments
 from glm4run_quantize.journal import Journal
 from glm4run_quantize.layerwise import LayerResult, Layerwise
 from glm4run_quantize.methods.hqq import quantize_hqq
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.methods.rtn import quantize_rtn
+from glm4run_quantize.recipes import HEAD
 from glm4run_quantize.report import LayerReport, TensorReport
 from glm4run_quantize.writer import FolderWriter, TensorSpec
 
@@ -78,7 +79,8 @@ class Job:
         self.source_bytes = sum(s.nbytes for s in reader.sources.values())
         self.done_bytes = 0
         self._lock = threading.Lock()
-        self._weighed: dict[str, Tensor] = {}
+        self._moments: InputMoments | None = None
+        self._layerwise: Layerwise | None = None
         self._scales, self._sums = torch.empty(0), list[tuple[float, float]]()  # of the tensor that is being written
 
     @property
@@ -91,6 +93,7 @@ class Job:
     ) -> tuple[list[TensorReport], list[LayerReport]]:
         """Writes what the journal does not list; returns what packing cost each linear, and each calibrated layer."""
         reports, layers = self._known(journal)
+        self._layerwise = layerwise
         done = journal.entries[-1]["specs"] if journal.entries else 0
         with FolderWriter(folder, self.specs, metadata, done) as writer:
             log = _Log(writer, journal, done)
@@ -271,13 +274,14 @@ class Job:
         return tensor
 
     def _importance(self, module: str) -> Tensor:
-        """Of the inputs of the linear at hand; computed once, by the first of its blocks."""
+        """Second moments of the inputs of the linear at hand."""
         with self._lock:
-            if module not in self._weighed:
-                for older in list(self._weighed)[:-1]:  # cores may still be at the module before
-                    del self._weighed[older]
-                self._weighed[module] = input_importance(self.reader, self.config, module)
-            return self._weighed[module]
+            if self._layerwise is not None:
+                assert module == HEAD  # the layers are not streamed
+                return head_moments(self._layerwise)
+            if self._moments is None:
+                self._moments = InputMoments(self.reader, self.config)
+            return self._moments.of(module)
 
     def _damaged(self, name: str) -> CheckpointError:
         file = self.reader.sources[name].entry.file.name

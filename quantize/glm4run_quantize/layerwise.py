@@ -295,14 +295,23 @@ class Layerwise:
                 weight.copy_(scale_groups(*quantize_rtn(weight, scheme, self.scale_dtype)))
         self.rounded = self.forward(layer, self.rounded)
 
-    def forward(self, layer: DecoderLayer, stream: Tensor) -> Tensor:
-        """A stream [W, T, hidden] behind a layer, in new memory."""
+    def forward(
+        self, layer: DecoderLayer, stream: Tensor, visit: Callable[[str, Tensor], None] = lambda _, __: None
+    ) -> Tensor:
+        """A stream [W, T, hidden] behind a layer, in new memory. `visit` gets each stage and its inputs [w, T, K]."""
         out = stream.clone()
         for part in self._parts(out.shape[0]):
             x = out[part]
-            attended = self._attend(layer, layer.input_layernorm(x))
+            normed = layer.input_layernorm(x)
+            visit("qkv", normed)
+            attended = self._attend(layer, normed)
+            visit("o_proj", attended)
             x += layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended))
-            x += layer.post_mlp_layernorm(layer.mlp.down_proj(_gated(layer, layer.post_attention_layernorm(x))))
+            normed = layer.post_attention_layernorm(x)
+            visit("gate_up_proj", normed)
+            gated = _gated(layer, normed)
+            visit("down_proj", gated)
+            x += layer.post_mlp_layernorm(layer.mlp.down_proj(gated))
         return out
 
     def _attend(self, layer: DecoderLayer, normed: Tensor) -> Tensor:

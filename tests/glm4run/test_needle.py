@@ -32,6 +32,7 @@ class Copier:
     """Continues as it went on when its last tokens stood in its context before; sees the last `sight` tokens only."""
 
     dtype = torch.float32
+    stack = None
 
     def __init__(self, sight: int) -> None:
         self.sight = sight
