@@ -59,7 +59,8 @@ class InputMoments:
     def _embedded(self, ids: Tensor) -> Tensor:
         """Rows of the embedding [W, T, hidden], one by one: the whole table may be larger than all else."""
         rows = [self._reader.read_rows("model.embed_tokens.weight", i, i + 1) for i in ids.flatten().tolist()]
-        return torch.cat(rows).float().unflatten(0, tuple(ids.shape))
+        embedded: Tensor = torch.cat(rows).float().unflatten(0, tuple(ids.shape))
+        return embedded
 
 
 @torch.no_grad()
