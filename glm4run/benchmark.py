@@ -32,6 +32,7 @@ READ_BYTES = 1 << 30  # far beyond any cache
 PREFETCH_DISTANCES = (0, 256, 512, 1024, 2048, 4096)  # bytes ahead
 READ_REPEATS = 3
 DENSE_PROBE_ROWS = 8192
+FILLED_AT_ONCE = 1024  # tokens of a cache
 
 
 @dataclass(frozen=True)
@@ -263,14 +264,25 @@ def _median_seconds(model: LoadedModel, call: Callable[[], object], repeat: int 
 
 
 def _filled(model: LoadedModel, depth: int, room: int) -> Context:
-    """A context with `depth` tokens in it, and room for more."""
+    """A context with `depth` tokens in it, and room for more.
+
+    The keys and values are random: how long they take does not depend on what they are, and computing tens of thousands
+    of them would take longer than all that is measured.
+    """
     if depth + room > model.plan.context_len:
         raise UsageError(f"{depth} + {room} tokens do not fit a context of {model.plan.context_len}")
     context = model.new_context()
+    cache, config = context.cache, model.config
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, config.num_key_value_heads, min(depth, FILLED_AT_ONCE), config.head_dim)
     with torch.inference_mode():
-        ids = _ids(model, depth)
-        for first in range(0, depth, model.plan.chunk):
-            model.model.hidden_states(ids[first : first + model.plan.chunk], context.cache)
+        rows = torch.randn(shape, generator=draw).to(model.model.dtype).to(model.device)
+        for first in range(0, depth, FILLED_AT_ONCE):
+            count = min(FILLED_AT_ONCE, depth - first)
+            for layer in cache.layers:
+                layer.keys.write(first, rows[0, :, :count])
+                layer.values.write(first, rows[1, :, :count])
+            cache.advance(count)
     _synchronize(model)
     return context
 
