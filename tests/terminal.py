@@ -42,7 +42,14 @@ class Terminal:
             **environment,
         }
         self.child = pexpect.spawn(
-            sys.executable, ["-m", *words], env=variables, cwd=str(REPO), dimensions=(rows, columns), timeout=PATIENCE_S
+            sys.executable,
+            ["-m", *words],
+            env=variables,
+            cwd=str(REPO),
+            dimensions=(rows, columns),
+            timeout=PATIENCE_S,
+            # A test run in the background of a script ignores Ctrl-C, and its children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         self.child.delaybeforesend = None
         self.screen: Any = pyte.HistoryScreen(columns, rows, history=100_000, ratio=0.01)
