@@ -5,8 +5,8 @@
         [--calibration-tokens 4096] [--layers 1 2] [-o JSON]
 
 Makes synthetic bf16 checkpoints of the member with so many layers, packs each by each method in a process of its own,
-and reads that process's largest resident size. A layer takes the difference of the two times; the whole model the first
-time, and its other layers. A calibrated method's time grows with its tokens: give as many as will be used, or scale.
+and reads that process's largest resident size. A layer takes the difference of the two processor times; the whole model
+the first, and its other layers. A calibrated method's time grows with its tokens: give as many as will be used.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def main() -> None:
         if method in CALIBRATED:
             options += ["--calibration-tokens", str(args.calibration_tokens)]
         few, more = (pack(source, args.work / "packed", options) for source in sources)
-        layer_s = (more["seconds"] - few["seconds"]) / (args.layers[1] - args.layers[0])
+        layer_s = (more["processor_s"] - few["processor_s"]) / (args.layers[1] - args.layers[0])
         row: dict[str, Any] = {"method": method, "peak_rss_bytes": max(few["peak_rss_bytes"], more["peak_rss_bytes"])}
-        row |= {"few": few, "more": more, "s_per_layer": round(layer_s, 1)}
-        row["s_whole_model"] = round(few["seconds"] + (whole - args.layers[0]) * layer_s)
+        row |= {"few": few, "more": more, "processor_s_per_layer": round(layer_s, 1)}
+        row["processor_s_whole_model"] = round(few["processor_s"] + (whole - args.layers[0]) * layer_s)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     facts = {"machine": cpu_name(), "commit": commit(), "member": args.member, "layers": list(args.layers)}
@@ -89,10 +89,13 @@ def pack(source: Path, target: Path, options: list[str]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| method | peak resident | source read | a layer | the whole model |", "|---|---|---|---|---|"]
+    lines = [
+        "| method | peak resident | source read | processor time of a layer | of the whole model |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| `{r['method']}` | {r['peak_rss_bytes'] / 1e9:.2f} GB | {r['more']['source_mb_per_s']} MB/s "
-        f"| {r['s_per_layer']:.1f} s | {r['s_whole_model'] / 60:.0f} min |"
+        f"| {r['processor_s_per_layer']:.1f} s | {r['processor_s_whole_model'] / 60:.0f} min |"
         for r in rows
     ]
     return "\n".join(lines)
