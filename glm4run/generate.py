@@ -230,7 +230,8 @@ class LoadedModel:
             chat = is_conversation(prompt)
         run = _Generation(self, params or self.default_params(), context or self.new_context(), timings or Timings())
         rule = run.rule_for(constraint, tools or (), chat=chat)
-        return run.steps(ids, chat=chat, declared=tool_names(tools or ()), on_prefill=on_prefill, new_rule=rule)
+        declared = tool_names(tools or ())
+        return run.steps(run.answer(ids, chat=chat, declared=declared, on_prefill=on_prefill, new_rule=rule))
 
     def open_answer(
         self,
@@ -352,17 +353,8 @@ class _Generation:
         # Drafted tokens whose keys and values stand in the cache behind its position, each with the logits after it.
         self.ahead: deque[tuple[int, Tensor]] = deque()
 
-    def steps(
-        self,
-        prompt: list[int],
-        *,
-        chat: bool,
-        declared: frozenset[str],
-        on_prefill: Callable[[int, int], None] | None,
-        new_rule: Callable[[], TokenRule | None],
-    ) -> Iterator[GenerationStep]:
-        """The answer, every forward of which is run here."""
-        answering = self.answer(prompt, chat=chat, declared=declared, on_prefill=on_prefill, new_rule=new_rule)
+    def steps(self, answering: _Answering) -> Iterator[GenerationStep]:
+        """An answer that `answer` began, every forward of which is run here."""
         item = next(answering, None)
         while item is not None:
             if isinstance(item, _Feed):

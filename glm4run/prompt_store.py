@@ -122,7 +122,7 @@ def entries(root: Path | None = None) -> list[Entry]:
 
 def _entries_of(folder: Path) -> Iterator[Entry]:
     pieces = list_pieces(folder)
-    by_end = {(piece.through): piece for piece in pieces}
+    by_end = {piece.through: piece for piece in pieces}
     continued = {piece.before for piece in pieces if piece.start}
     chains = [_chain(piece, by_end) for piece in pieces if piece.through not in continued]
     shared: dict[Path, int] = {}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +22,9 @@ def haystack(path: Path | None) -> Text:
     """The user's text, or the calibration text of `quantize`, which was written for this project."""
     if path is not None:
         return read_text(path)
-    from glm4run_quantize.calibration import BUILT_IN
+    from glm4run_quantize.calibration import built_in_text
 
-    raw = (files("glm4run_quantize") / BUILT_IN).read_bytes()
-    return Text(f"built-in {BUILT_IN}", raw.decode("utf-8"), hashlib.sha256(raw).hexdigest())
+    return built_in_text()
 
 
 def run(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glm4run.errors import UsageError
-from glm4run.text_windows import decode_text, read_text
+from glm4run.text_windows import Text, decode_text, read_text
 from glm4run.tokenizer import Tokenizer
 
 BUILT_IN = "calibration.txt"
@@ -46,16 +46,18 @@ class Calibration:
         }
 
 
+def built_in_text() -> Text:
+    """The text that is used where the user gives none."""
+    return decode_text(f"built-in {BUILT_IN}", (files("glm4run_quantize") / BUILT_IN).read_bytes())
+
+
 def read_calibration(tokenizer: Tokenizer, path: str | Path | None, tokens: int, window: int = WINDOW) -> Calibration:
     """`tokens` tokens of a UTF-8 text file, spread evenly over it; of the built-in text where `path` is None.
 
     Each window begins with the model's own prefix, as every prompt does. A text that is shorter gives what it has.
     Raises UsageError where it is no text, or gives fewer than two windows.
     """
-    if path is None:
-        text = decode_text(f"built-in {BUILT_IN}", (files("glm4run_quantize") / BUILT_IN).read_bytes())
-    else:
-        text = read_text(Path(path))
+    text = built_in_text() if path is None else read_text(Path(path))
     prefix = list(tokenizer.prefix_ids)
     body = window - len(prefix)
     ids = tokenizer.encode(text.content)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from ctypes import Array
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,10 +19,10 @@ from glm4run.config import ModelConfig
 from glm4run.errors import GenerationError
 from glm4run.kernels.cpu.backend import DTYPE_CODES, NativeWeight
 from glm4run.kernels.cpu.library import G4Cache, G4Layer, G4Output, G4Stack, native
-from glm4run.kernels.cpu.ops import MAX_QUANTIZED_HEAD, MAX_ROTARY_DIM, cache_struct
+from glm4run.kernels.cpu.ops import FEW_TOKENS, MAX_QUANTIZED_HEAD, MAX_ROTARY_DIM, cache_struct
 from glm4run.kv_rows import KVLayer
 
-MAX_TOKENS = 8  # more are a prefill, whose attention torch does better
+MAX_TOKENS = FEW_TOKENS  # of a sequence; more are a prefill, whose attention shares out tokens, not the context
 
 
 class NativeStack:
@@ -61,6 +63,16 @@ class NativeStack:
             eps=config.rms_norm_eps,
         )
 
+        # By the first layer of a sequence's cache: its tensors stay where they are for as long as it lives.
+        self._structs: WeakKeyDictionary[KVLayer, Array[G4Cache]] = WeakKeyDictionary()
+
+    def _structs_of(self, layers: Sequence[KVLayer]) -> Array[G4Cache]:
+        """A sequence's cache as the library takes it. Made once: making it takes as long as a small model's layer."""
+        found = self._structs.get(layers[0])
+        if found is None:
+            found = self._structs[layers[0]] = (G4Cache * len(layers))(*map(cache_struct, layers))
+        return found
+
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, caches: Sequence[KVLayer], position: int) -> Tensor:
         """x [T, hidden] through all layers; writes the new keys and values of each into its cache at `position`."""
         return self.run_sequences(x, cos, sin, [caches], [position])
@@ -75,7 +87,7 @@ class NativeStack:
         assert x.dtype == self.dtype
         x = x.clone(memory_format=torch.contiguous_format)
         count = len(positions)
-        structs = [(G4Cache * len(layers))(*map(cache_struct, layers)) for layers in caches]
+        structs = [self._structs_of(layers) for layers in caches]
         pointer = ctypes.POINTER(G4Cache)
         failed = native().g4_stack(
             ctypes.byref(self._stack),
