@@ -29,7 +29,8 @@ class Piece:
     is_fixed: bool = False
 
 
-_UNDECIDED = re.compile(r"[ \t]*(#{1,6}|[-*_=+][-*_= ]*|\d{1,4}[.)]?|>|`{1,2}|~{1,2})?")
+# The blanks behind a marker belong to it: more of them may come.
+_UNDECIDED = re.compile(r"[ \t]*(#{1,6}[ \t]*|[-*_=+][-*_= \t]*|\d{1,4}([.)][ \t]*)?|>|`{1,2}|~{1,2})?")
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[^\n]*")
 _HEADING = re.compile(r" {0,3}#{1,6}[ \t]+")
 _RULE = re.compile(r"[ \t]*([-*_])([ \t]*\1){2,}[ \t]*\n")

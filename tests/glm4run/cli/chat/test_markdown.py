@@ -119,6 +119,11 @@ def test_cutting_changes_nothing(text: str, data: st.DataObject) -> None:
     assert pieces(*chunks) == pieces(text)
 
 
+@pytest.mark.parametrize("text", [" #  ", "##   a", "-\t\ta", "1.  a", ">  a"])
+def test_blanks_behind_a_marker_may_come_one_by_one(text: str) -> None:
+    assert pieces(*text) == pieces(text)
+
+
 @given(MARKDOWN)
 def test_only_marks_go_and_every_line_end_stays(text: str) -> None:
     shown = "".join(part for part, _ in pieces(text))
