@@ -16,6 +16,7 @@ Run = tuple[str, str]  # text, and the name of its style
 Align = Literal["left", "right", "center"]
 GAP, RULE, CROSS = " │ ", "─", "─┼─"
 MOST_HELD = 8  # rows: more would keep a reader of a slow model waiting
+WIDEST_CHARACTER = 2  # columns
 LEAST_COLUMNS = 8  # of the window, to which a column may be narrowed
 
 
@@ -47,22 +48,24 @@ class TableWriter:
             return
         self._held.append(row)
         if self._widths is not None or len(self._held) >= max(2, min(MOST_HELD, self.height() // 2)):
-            self._write_held()
+            self._write_held(may_follow=True)
 
     def end(self) -> None:
         """The table is over, if there is one."""
         if self._header is not None:
-            self._write_held()
+            self._write_held(may_follow=False)
         self._header, self._widths = None, None
 
-    def _write_held(self) -> None:
+    def _write_held(self, *, may_follow: bool) -> None:
         header, rows, self._held = self._header, self._held, []
         assert header is not None
         is_begin = self._widths is None
         if self._widths is None:
             every = [header, *rows]
             self._widths = [max(_cells(row.cells[n]) for row in every) for n in range(len(header.cells))]
-        widths = fit(self._widths, self.width() - 1)  # a full line would make some terminals wrap
+        # Rows that follow may have a character where these have none, or a wide one where these have a narrow one.
+        spare = sum(max(0, WIDEST_CHARACTER - width) for width in self._widths) if may_follow else 0
+        widths = fit(self._widths, self.width() - 1 - spare)  # a full line would make some terminals wrap
         if widths is None:
             for number, row in enumerate(rows):
                 self._write_record(header, row, is_first=is_begin and number == 0)

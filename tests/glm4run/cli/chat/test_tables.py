@@ -132,6 +132,16 @@ def test_a_window_that_shrinks_is_asked_again() -> None:
     assert screen.text.count("word") == 36
 
 
+def test_a_column_that_is_empty_at_first_has_room_for_what_comes() -> None:
+    empty = "| | | | | |"
+    for width in range(20, 30):
+        screen = Screen(width, 3)
+        screen.show(empty, "|---|---|---|---|---|", empty, "| | | | ab 你 | |", *[empty] * 4, "| 你 | | | | 你好 |")
+        assert all(cell_len(line) < width for line in screen.text.splitlines())
+        assert screen.text.count("你") == 3 and "好" in screen.text
+    assert "─┼─" in screen.text
+
+
 CELLS = st.text(st.sampled_from("ab 你好*`\\"), max_size=30)
 ROWS = st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(CELLS, min_size=n, max_size=n), min_size=1, max_size=12))
 
