@@ -135,6 +135,9 @@ class Terminal:
 
     def resize(self, rows: int, columns: int) -> None:
         """Another size of the window; the program gets its signal."""
+        lost, line = max(0, self.screen.lines - rows), self.screen.cursor.y
+        self.screen.resize(rows, columns)  # lines go at the top, but the cursor stays on a row of the same number
+        self.screen.cursor.y = max(0, line - lost)
         self.child.setwinsize(rows, columns)
 
     def text(self) -> str:
