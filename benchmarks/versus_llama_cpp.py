@@ -10,7 +10,8 @@
 
 Both models stay loaded. In each round the read bandwidth is measured, then each test runs on both sides, one after the
 other; the round after it turns the order round. The side that waits must not use a core: the largest share of one that
-it used is in the result. With --busy each round also takes every sample while another process keeps one core busy. The
+it used is in the result. With --busy each round also takes every sample while another process keeps one core busy, and
+reads memory with the same threads for a while in both conditions: no decoding can keep more of its speed than that. The
 table has the medians; GB/s is what a decoded token must read times the tokens per second, and its share is of the best
 read bandwidth of all rounds.
 """
@@ -34,11 +35,12 @@ from typing import Any, Literal, Protocol, cast
 import torch
 
 from glm4run import load_model
-from glm4run.benchmark import bytes_per_token, measure_read_bandwidth, time_decode, time_prefill
+from glm4run.benchmark import Bandwidth, ReadProbe, bytes_per_token, time_decode, time_prefill
 from glm4run.machine import commit, cpu_name, default_threads
 
 SETTLE_S = 0.3  # before each sample: OpenMP's threads spin for a while after their last work
 IDLE_SHARE_WARNING = 0.05
+READ_S = 1.5  # a busy process and we take turns of milliseconds
 UNTIMED = 2  # positions: a first token to decode behind, a first step that is not timed
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -151,10 +153,17 @@ def main() -> None:
         ours = Ours(args.model, args.ctx, args.threads)
         sides: list[Side] = [ours, peer]
         bandwidths: list[float] = []
+        reads: dict[Condition, list[float]] = {condition: [] for condition in conditions}
         samples: list[Sample] = []
         for number in range(args.rounds):
             time.sleep(SETTLE_S)
-            bandwidths.append(measure_read_bandwidth().best_gb_per_s)
+            with ReadProbe() as probe:
+                best = probe.best()
+                bandwidths.append(best.best_gb_per_s)
+                if args.busy:
+                    reads["quiet"].append(_read(probe, args.threads, best))
+                    with _busy_core():
+                        reads["busy"].append(_read(probe, args.threads, best))
             print(f"round {number + 1}: {bandwidths[-1]:.1f} GB/s", file=sys.stderr)
             order = sides if number % 2 == 0 else sides[::-1]
             for condition in conditions:
@@ -180,11 +189,15 @@ def main() -> None:
                 "median": statistics.median(bandwidths),
                 "rounds": bandwidths,
             },
+            "read_gb_per_s": reads,
             "largest_idle_share": idle_share,
             "medians": rows,
             "samples": [asdict(sample) for sample in samples],
         }
     _print_table(rows, bandwidths)
+    if args.busy:
+        quiet, busy = statistics.median(reads["quiet"]), statistics.median(reads["busy"])
+        print(f"a bare read with one core busy: {busy:.1f} of {quiet:.1f} GB/s, {busy / quiet:.0%} of quiet")
     if idle_share > IDLE_SHARE_WARNING:
         print(f"warning: a waiting side used {idle_share:.0%} of a core", file=sys.stderr)
     if args.output is not None:
@@ -234,6 +247,15 @@ def _one_round(number: int, condition: Condition, tests: list[Test], order: list
             seconds = side.seconds(test)
             idle_share = (other.cpu_s() - cpu_before) / (time.perf_counter() - started)
             yield Sample(number, condition, str(test), side.name, test.tokens / seconds, idle_share)
+
+
+def _read(probe: ReadProbe, threads: int, best: Bandwidth) -> float:
+    """GB/s over a second or so, every moment of it counted."""
+    started, passes = time.perf_counter(), 0
+    while time.perf_counter() - started < READ_S:
+        probe.gb_per_s(threads, best.prefetch_bytes)
+        passes += 1
+    return passes * probe.nbytes / (time.perf_counter() - started) / 1e9
 
 
 @contextlib.contextmanager

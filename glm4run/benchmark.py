@@ -26,6 +26,7 @@ from glm4run.layers import QuantizedLinear
 from glm4run.machine import cpu_name, default_threads
 from glm4run.memory import available_ram_bytes
 from glm4run.steps import Context
+from glm4run.torch_threads import one_torch_thread
 from glm4run.user_files import replace_file, user_path
 
 READ_BYTES = 1 << 30  # far beyond any cache
@@ -293,7 +294,8 @@ def _feed(model: LoadedModel, context: Context, ids: Tensor) -> Tensor:
         model.model.hidden_states(ids[first : first + model.plan.chunk], context.cache)
     rest = (len(ids) - 1) // model.plan.chunk * model.plan.chunk
     logits: Tensor = model.model(ids[rest:], context.cache)
-    return logits[-1:].argmax(dim=-1)
+    with one_torch_thread():  # as the sampler does
+        return logits[-1:].argmax(dim=-1)
 
 
 def _ids(model: LoadedModel, count: int) -> Tensor:

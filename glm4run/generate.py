@@ -39,6 +39,7 @@ from glm4run.tensor_loading import Progress
 from glm4run.token_rules import AnswerRule, CallRule, GrammarVocabulary, TokenRule
 from glm4run.tokenizer import Tokenizer, load_tokenizer
 from glm4run.tool_calls import argument_schemas, tool_names
+from glm4run.torch_threads import one_torch_thread
 
 SEPARATOR = "<|assistant|>"  # between the calls of one answer
 COMPLETE = "constraint"  # what an answer was stopped by that is whole and to which nothing may be added
@@ -607,6 +608,7 @@ class _Generation:
         return self.speculation.draft(self.context.ids, token, min(room, MOST_DRAFTED))
 
 
+@one_torch_thread()
 def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
     """Logits [V] with all that is not allowed at minus infinity."""
     return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), float("-inf"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from glm4run.errors import GenerationError
 from glm4run.kv_cache import KVCache
 from glm4run.sampling import SamplingParams
+from glm4run.torch_threads import one_torch_thread
 
 DEAD_IN_A_ROW = 8  # a model of random weights likes a padding row now and then, a broken one all the time
 # How an answer goes on behind a loop: warm enough to leave it, and averse to what it has just said.
@@ -34,6 +35,7 @@ class DeadTokens:
         self.dead = dead  # bool [V]
         self.count = 0
 
+    @one_torch_thread()
     def watch(self, logits: Tensor) -> None:
         """Looks at logits [V] as the model gave them.
 

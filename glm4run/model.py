@@ -6,6 +6,7 @@ one block: the 0414 members (`glm4`) norm each branch once more before it joins 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from glm4run.layers import Embedding, Linear, RMSNorm, linear_together
 from glm4run.memory import logits_block_rows
 from glm4run.ops import Ops, split_heads
 from glm4run.rope import Rope
+from glm4run.torch_threads import one_torch_thread
 
 
 class LayerStack(Protocol):
@@ -142,6 +144,14 @@ class Glm4Model(nn.Module):
 
         With a `cache` (ids then [T]) the tokens stand behind `cache.position`, and become part of it.
         """
+        with self._threads():
+            return self._hidden_states(ids, cache)
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        """With a stack the native library computes everything that is worth a thread."""
+        return one_torch_thread(self.stack is not None)
+
+    def _hidden_states(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         count = ids.shape[-1]
         start = 0 if cache is None else cache.position
         rope = self.rope.cos_sin(start, count, ids.device)
@@ -159,15 +169,20 @@ class Glm4Model(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, *, logits: Literal["last", "all"] = "last") -> Tensor:
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
-        hidden = self.hidden_states(ids, cache)
-        out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
-        return out.float()
+        with self._threads():
+            hidden = self._hidden_states(ids, cache)
+            out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
+            return out.float()
 
     def decode_together(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
         """One more token of several sequences, which share the read of every weight: ids [S] to logits float32 [S, V].
 
         Needs a `stack`. Every row is the same to the bit as that of its sequence alone.
         """
+        with self._threads():
+            return self._decode_together(ids, caches)
+
+    def _decode_together(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
         assert self.stack is not None
         positions = [cache.position for cache in caches]
         for cache in caches:

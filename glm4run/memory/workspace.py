@@ -300,5 +300,5 @@ def _head(ledger: _Ledger, compute: Compute, tokens: int, rows: int) -> None:
         ledger.hold("logits", **{"logits in float32": 4 * rows * compute.config.vocab_size})
         ledger.drop("logits")
         ledger.rename("logits in float32", "logits")
-    # One row at a time: masked, scaled, sorted (with int64 indices), softmax, cumulated, masked: sampling.Sampler.
+    # One row at a time: masked, scaled, softmax, at most all sorted (int64 ids), cumulated, masked: sampling.Sampler.
     ledger.hold("sampling", sampling=40 * compute.config.vocab_size)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glm4run import sampling
 from glm4run.errors import GenerationError, UsageError
 from glm4run.sampling import Sampler, SamplingParams
 
@@ -34,6 +35,12 @@ def drawn(count: int = 400, allowed: Tensor = ALL, context: list[int] | None = N
     return {sampler.sample(known_logits(), context or []) for _ in range(count)}
 
 
+@pytest.fixture(params=[(256, 4096), (1, 3), (2, 7), ()])
+def first_candidates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of the likeliest are looked at first, the filters leave the same."""
+    monkeypatch.setattr(sampling, "FEW_CANDIDATES", request.param)
+
+
 def test_greedy_takes_the_largest() -> None:
     assert drawn(5, temperature=0.0) == {5}
     assert drawn(5, temperature=0.0, seed=None, top_k=3, top_p=0.1, min_p=0.5) == {5}
@@ -48,14 +55,22 @@ def test_top_k_keeps_exactly_k(k: int) -> None:
     assert drawn(2000, top_k=k) == set(ORDER[:k])
 
 
+@pytest.mark.usefixtures("first_candidates")
 @pytest.mark.parametrize(("p", "kept"), [(0.01, 1), (0.39, 1), (0.41, 2), (0.59, 2), (0.61, 3), (0.76, 4), (1.0, 8)])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(p: float, kept: int) -> None:
     assert drawn(2000, top_p=p) == set(ORDER[:kept])
 
 
+@pytest.mark.usefixtures("first_candidates")
 @pytest.mark.parametrize(("p", "kept"), [(0.0, 8), (0.05, 7), (0.13, 5), (0.3, 3), (0.4, 2), (0.6, 1), (0.99, 1)])
 def test_min_p_keeps_what_is_likely_relative_to_the_likeliest(p: float, kept: int) -> None:
     assert drawn(2000, min_p=p) == set(ORDER[:kept])
+
+
+@pytest.mark.usefixtures("first_candidates")
+@pytest.mark.parametrize(("top_p", "min_p", "kept"), [(0.7, 0.3, 3), (0.9, 0.4, 2), (0.7, 0.01, 3), (0.999, 0.01, 8)])
+def test_top_p_and_min_p_cut_where_the_first_of_them_does(top_p: float, min_p: float, kept: int) -> None:
+    assert drawn(2000, top_p=top_p, min_p=min_p) == set(ORDER[:kept])
 
 
 def test_cuts_work_together() -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,39 @@ def test_random_jobs_over_changing_numbers_of_threads() -> None:
         if i % 7 == 0:
             native().g4_set_threads(generator.randint(1, 6))
         assert generator.choice(jobs).right(), i
+
+
+def own_tasks() -> set[int]:
+    """This process's threads, by the kernel's numbers."""
+    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinities on this system")
+def test_a_helper_leaves_the_callers_core() -> None:
+    """Where another process keeps a core busy, the system may leave caller and helper to share the other one."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("one core")
+    one, core = work(700, 512, 1), min(allowed)
+    native().g4_set_threads(1)
+    before = own_tasks()
+    native().g4_set_threads(2)
+    assert one.right()
+    (helper,) = own_tasks() - before
+    deadline = time.monotonic() + FORK_SECONDS
+    while os.getpriority(os.PRIO_PROCESS, helper) == os.getpriority(os.PRIO_PROCESS, 0):
+        assert time.monotonic() < deadline, "it never started"
+    time.sleep(0.05)  # what it does first of all, after this
+    try:
+        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(helper, {core})
+        while os.sched_getaffinity(helper) == {core}:
+            assert one.right()
+            assert time.monotonic() < deadline, "it stayed"
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert os.sched_getaffinity(helper) == allowed - {core}
+    assert one.right()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

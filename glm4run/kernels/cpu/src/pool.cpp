@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #endif
 #if defined(__linux__)
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -37,7 +38,7 @@ constexpr bool OVERTAKING = false;
 #else
 constexpr bool OVERTAKING = true;
 #endif
-constexpr int HELPER_NICENESS = 4;
+constexpr int HELPER_NICENESS = 2;
 
 inline uint64_t pack(uint64_t epoch, uint64_t piece) { return epoch << PIECE_BITS | piece; }
 inline uint64_t epoch_of(uint64_t word) { return word >> PIECE_BITS; }
@@ -61,6 +62,7 @@ struct Pool {
     std::mutex callers;             // one job at a time
     std::atomic<uint64_t> next{CLOSED}; // pack(epoch, first piece that nobody has claimed)
     std::atomic<int64_t> pieces{0};
+    std::atomic<int> caller_core{-1}; // where the job was opened; -1 where the system does not say
     std::atomic<PieceFunction> function{nullptr};
     std::atomic<uint64_t> context[MAX_CONTEXT / 8] = {};
     std::atomic<uint32_t> sleepers{0};
@@ -155,14 +157,39 @@ void yield_to_caller() {
 #endif
 }
 
+// Keeps a helper off the caller's core. Where another process keeps one core busy, the system may as well put caller and
+// helper on the other one, where they take turns: the load is the same to it.
+class Place {
+  public:
+#if defined(__linux__)
+    Place() { known_ = sched_getaffinity(0, sizeof allowed_, &allowed_) == 0 && CPU_COUNT(&allowed_) > 1; }
+    static int core() { return sched_getcpu(); }
+    void avoid(int core) {
+        if (!known_ || core < 0 || core >= CPU_SETSIZE || sched_getcpu() != core) return;
+        cpu_set_t others = allowed_;
+        CPU_CLR(core, &others);
+        if (CPU_COUNT(&others) > 0) sched_setaffinity(0, sizeof others, &others);
+    }
+
+  private:
+    cpu_set_t allowed_;
+    bool known_ = false;
+#else
+    static int core() { return -1; }
+    void avoid(int) {}
+#endif
+};
+
 void work(Pool& p, Slot* slot) {
     yield_to_caller();
+    Place place;
     Ticket ticket;
     PoolAccess::bind(ticket, slot);
     uint64_t seen = 0;
     View view;
     auto idle_since = Clock::now();
     while (!p.stopping.load(std::memory_order_relaxed)) {
+        place.avoid(p.caller_core.load(std::memory_order_relaxed));
         uint64_t word = p.next.load();
         if (epoch_of(word) != seen && piece_of(word) != CLOSED) {
             if (!read_job(p, word, view)) continue;
@@ -180,10 +207,9 @@ void work(Pool& p, Slot* slot) {
         if (Clock::now() - idle_since < std::chrono::microseconds(SPIN_MICROSECONDS)) continue;
         std::unique_lock<std::mutex> lock(p.sleep_mutex);
         p.sleepers.fetch_add(1);
-        p.wake.wait(lock, [&] {
-            const uint64_t now = p.next.load();
-            return p.stopping.load() || (epoch_of(now) != seen && piece_of(now) != CLOSED);
-        });
+        const uint64_t now = p.next.load();
+        const bool is_open = epoch_of(now) != seen && piece_of(now) != CLOSED;
+        if (!p.stopping.load() && !is_open) p.wake.wait(lock);
         p.sleepers.fetch_sub(1);
         idle_since = Clock::now();
     }
@@ -270,6 +296,7 @@ void pool_run(const Job& job, const void* context, size_t context_bytes) {
     for (size_t i = 0; i < MAX_CONTEXT / 8; i++) p.context[i].store(copy[i], std::memory_order_relaxed);
     p.pieces.store(job.pieces, std::memory_order_relaxed);
     p.function.store(job.piece, std::memory_order_relaxed);
+    p.caller_core.store(Place::core(), std::memory_order_relaxed);
     p.next.store(pack(epoch, 0));
     if (p.sleepers.load() > 0) {
         { std::lock_guard<std::mutex> lock(p.sleep_mutex); }
