@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from glm4run.cli import options
 from glm4run.cli.console import note, stderr_console, talk, write_json
+from glm4run.cli.groups import with_groups
 from glm4run.errors import UsageError
 from glm4run.machine import commit, cpu_name
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 SLOWER = 1.1  # a packed format that takes this much longer than bf16 is worth a warning
 
 
+@with_groups
 def bench(
+    *,
     model: Annotated[
         str | None, typer.Argument(help="Folder or name; default: the newest packed model, else the demo")
     ] = None,
@@ -29,16 +33,13 @@ def bench(
     generate: Annotated[int, typer.Option(min=0, help="Decode this many tokens; 0 for none")] = 32,
     depth: Annotated[str, typer.Option(help="Tokens already in the context, such as 0,8k")] = "0",
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each test; the median counts")] = 3,
-    backend: Annotated[str, typer.Option(help="Kernels of packed linears; several as native,torch")] = "auto",
-    activations: options.Activations = "auto",
-    quantize_on_load: options.QuantizeOnLoad = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    kv_bits: options.KVBits = "16",
-    threads: options.Threads = None,
+    loading: options.Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
-    """Measures prefill and decoding speed beside the machine's read bandwidth."""
+    """Measures prefill and decoding speed beside the machine's read bandwidth.
+
+    Several backends one after the other: --backend native,torch.
+    """
     prompts, depths = _sizes("--prompt", prompt), _sizes("--depth", depth)
     prompts = tuple(size for size in prompts if size)
     if not prompts and not generate:
@@ -46,20 +47,8 @@ def bench(
     longest = max(depths) + max((*prompts, generate + 2))
     rows: list[Row] = []
     reading = _Reading()
-    for name in backend.split(","):
-        _, loaded = options.load(
-            model,
-            device=device,
-            backend=name,
-            activations=activations,
-            quantize_on_load=quantize_on_load,
-            dtype=dtype,
-            ctx=str(longest),
-            threads=threads,
-            rope_theta=None,
-            yarn="auto",
-            kv_bits=kv_bits,
-        )
+    for name in loading.backend.split(","):
+        _, loaded = options.load(model, dataclasses.replace(loading, backend=name), ctx=str(longest))
         if loaded.device.type == "cpu":
             reading.start()
         rows += _measure(loaded, prompts, generate, depths, repeat, reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from glm4run.cli import options
 from glm4run.cli.console import note, token_progress, write_json, write_text
+from glm4run.cli.groups import with_groups
 from glm4run.errors import UsageError
 from glm4run.text_windows import DEFAULT_CONTEXT, Cut, read_text
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from glm4run.reference_logits import SavedReference
 
 
+@with_groups
 def eval(
+    *,
     model: Annotated[
         str | None, typer.Argument(help="Folder or name; default: the newest packed model, else the demo")
     ] = None,
@@ -64,30 +68,13 @@ def eval(
             help="With --needle: answer (the default; has it the code?) or logprob (are its tokens likeliest?)"
         ),
     ] = None,
-    backend: options.Backend = "auto",
-    activations: options.Activations = "auto",
-    quantize_on_load: options.QuantizeOnLoad = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    kv_bits: options.KVBits = "16",
-    threads: options.Threads = None,
-    rope_theta: options.RopeTheta = None,
-    yarn: options.Yarn = "auto",
+    loading: options.Loading,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document")] = False,
 ) -> None:
     """Perplexity over a text; with a reference also KL divergence and how often the likeliest token is the same."""
-    common: dict[str, Any] = {
-        "device": device,
-        "dtype": dtype,
-        "threads": threads,
-        "rope_theta": rope_theta,
-        "yarn": yarn,
-    }
-    ours: dict[str, Any] = {"backend": backend, "activations": activations, "quantize_on_load": quantize_on_load}
-    ours["kv_bits"] = kv_bits  # the reference's cache is not quantized, so that a model can be its own reference
     if needle:
         _refuse("--needle", reference, reference_logits, save_logits, stride, windows, max_tokens)
-        _search(model, text, ctx, lengths, depths, needles, seed, score, as_json=as_json, **ours, **common)
+        _search(model, text, ctx, lengths, depths, needles, seed, score, as_json=as_json, loading=loading)
         return
     _refuse("an evaluation without --needle", lengths, depths, needles, seed, score)
     if text is None:
@@ -100,10 +87,12 @@ def eval(
     cut = Cut(context, stride, windows, max_tokens)
     content = read_text(text)
     saved = _open_saved(reference_logits)
-    _, loaded = options.load(model, ctx=ctx, **ours, **common)
+    _, loaded = options.load(model, loading, ctx=ctx)
     against: LoadedModel | SavedReference | None = saved
     if reference is not None:
-        _, against = options.load(reference, backend="auto", activations="auto", ctx=ctx, **common)
+        # Its weights and its cache are taken as they are, so that a model can be its own reference.
+        plain = dataclasses.replace(loading, backend="auto", activations="auto", quantize_on_load=None, kv_bits="16")
+        _, against = options.load(reference, plain, ctx=ctx)
     from glm4run import evaluation
 
     with token_progress("evaluating", "windows") as progress:
@@ -141,7 +130,7 @@ def _search(
     score: str | None,
     *,
     as_json: bool,
-    **options_of_load: Any,
+    loading: options.Loading,
 ) -> None:
     from glm4run.cli.needle import haystack, run
     from glm4run.needle import DEFAULT_DEPTHS, DEFAULT_NEEDLES, needles, require_score
@@ -156,7 +145,7 @@ def _search(
         raise UsageError(f"--depths {depths!r} are no numbers", hint="percent, such as 0,50,100") from None
     chosen, content = require_score(score or "answer"), haystack(text)
     needles(count or DEFAULT_NEEDLES, 0)
-    _, loaded = options.load(model, ctx=ctx or (str(max(sizes)) if sizes else None), **options_of_load)
+    _, loaded = options.load(model, loading, ctx=ctx or (str(max(sizes)) if sizes else None))
     run(
         loaded,
         content,

@@ -12,6 +12,7 @@ import typer
 
 from glm4run.cli import options
 from glm4run.cli.console import count_progress, note, read_stdin, stderr_console, token_progress, write_json, write_text
+from glm4run.cli.groups import with_groups
 from glm4run.errors import EXIT_INTERRUPTED, Glm4RunError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from glm4run.sampling import SamplingParams
 
 
+@with_groups
 def generate(
+    *,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; `-` or a pipe reads it from stdin")] = None,
     model: Annotated[str | None, typer.Option("-m", "--model", help="A folder or the name of a model")] = None,
     chat: Annotated[
@@ -29,15 +32,7 @@ def generate(
         typer.Option("--chat/--raw", help="Ask as a chat user (default of chat models), or continue bare text"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message (with chat)")] = None,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    penalty: options.Penalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    speculate: options.Speculate = None,
+    sampling: options.Sampling,
     json_schema: options.JsonSchema = None,
     regex: options.Regex = None,
     logprobs: Annotated[
@@ -54,16 +49,8 @@ def generate(
         str, typer.Option(help="How many requests of --input are decoded together: auto, or a number; 1 is one by one")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text")] = False,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    activations: options.Activations = "auto",
-    quantize_on_load: options.QuantizeOnLoad = None,
-    dtype: options.Dtype = "auto",
-    kv_bits: options.KVBits = "16",
+    loading: options.Loading,
     ctx: options.Ctx = None,
-    threads: options.Threads = None,
-    rope_theta: options.RopeTheta = None,
-    yarn: options.Yarn = "auto",
     prompt_cache: options.PromptCache = None,
     check_plan: options.CheckPlan = False,
 ) -> int:
@@ -80,23 +67,10 @@ def generate(
     if logprobs is not None and not as_json and input_file is None:
         raise UsageError("--logprobs needs JSON", hint="add --json, or use --input and --output")
     text = None if input_file is not None else _read_prompt(prompt)
-    _, loaded = options.load(
-        model,
-        device=device,
-        backend=backend,
-        activations=activations,
-        quantize_on_load=quantize_on_load,
-        dtype=dtype,
-        ctx=ctx,
-        threads=threads,
-        rope_theta=rope_theta,
-        yarn=yarn,
-        kv_bits=kv_bits,
-        needs_chat=chat is True,
-    )
+    _, loaded = options.load(model, loading, ctx=ctx, needs_chat=chat is True)
     loaded = options.with_kept_prompts(loaded, kept_bytes)
-    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
-    options.require_speculation(loaded, speculate)
+    given = sampling.given()
+    options.require_speculation(loaded, sampling.speculate)
     params = dataclasses.replace(loaded.default_params(), **given)
     params = dataclasses.replace(params, logprobs=logprobs)
     if as_json:  # nothing is shown before it is whole, so a loop can still be taken back

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -71,6 +72,52 @@ Speculate = Annotated[
 ]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be given several times")]
 
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded: what every command asks that loads one."""
+
+    device: Device = "auto"
+    backend: Backend = "auto"
+    activations: Activations = "auto"
+    quantize_on_load: QuantizeOnLoad = None
+    dtype: Dtype = "auto"
+    kv_bits: KVBits = "16"
+    threads: Threads = None
+    rope_theta: RopeTheta = None
+    yarn: Yarn = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when to stop."""
+
+    max_tokens: MaxTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    penalty: Penalty = None
+    seed: Seed = None
+    stop: Stop = None
+    speculate: Speculate = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that the user set, by name."""
+        fields = {
+            "max_new_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.penalty,
+            "seed": self.seed,
+            "stop": tuple(self.stop) if self.stop else None,
+            "speculate": None if self.speculate is None else parse_speculate(self.speculate),
+        }
+        return {key: value for key, value in fields.items() if value is not None}
+
+
 JsonSchema = Annotated[
     str | None, typer.Option("--json-schema", help="Answer with JSON that fits this schema: a file, or JSON itself")
 ]
@@ -129,26 +176,14 @@ def parse_context(text: str | None, option: str = "--ctx") -> int | None:
 
 
 def load(
-    model: str | None,
-    *,
-    device: str,
-    backend: str,
-    activations: str,
-    dtype: str,
-    ctx: str | None,
-    threads: int | None,
-    rope_theta: float | None,
-    yarn: str,
-    kv_bits: str = "16",
-    quantize_on_load: str | None = None,
-    needs_chat: bool = False,
+    model: str | None, loading: Loading, *, ctx: str | None, needs_chat: bool = False
 ) -> tuple[FoundModel, LoadedModel]:
     """Finds and loads the model, and says on stderr what was taken.
 
     With `needs_chat` a model that cannot hold a conversation is refused before anything is loaded.
     """
     context_len = parse_context(ctx)
-    kv_format = parse_kv_bits(kv_bits)
+    kv_format = parse_kv_bits(loading.kv_bits)
     found = find_model(model)
     if needs_chat:
         require_chat(found)
@@ -159,15 +194,15 @@ def load(
     with byte_progress(f"loading {found.name}") as progress:
         loaded = load_model(
             found.folder,
-            device=device,
-            backend=backend,
-            activations=cast("kernels.Activations", activations),
-            quantize_on_load=quantize_on_load,
-            threads=threads,
-            dtype=dtype,
+            device=loading.device,
+            backend=loading.backend,
+            activations=cast("kernels.Activations", loading.activations),
+            quantize_on_load=loading.quantize_on_load,
+            threads=loading.threads,
+            dtype=loading.dtype,
             context_len=context_len,
-            rope_theta=rope_theta,
-            yarn=yarn,
+            rope_theta=loading.rope_theta,
+            yarn=loading.yarn,
             kv_bits=kv_format,
             progress=progress,
         )
@@ -224,32 +259,6 @@ def given_constraint(json_schema: str | None, regex: str | None) -> Constraint |
     if regex is not None:
         return Constraint.from_regex(regex)
     return None if json_schema is None else Constraint.from_schema(read_schema(json_schema))
-
-
-def given_sampling(
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    penalty: float | None,
-    seed: int | None,
-    stop: list[str] | None,
-    speculate: str | None = None,
-) -> dict[str, Any]:
-    """The fields of `SamplingParams` that the user set, by name."""
-    given = {
-        "max_new_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": penalty,
-        "seed": seed,
-        "stop": tuple(stop) if stop else None,
-        "speculate": None if speculate is None else parse_speculate(speculate),
-    }
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def require_speculation(loaded: LoadedModel, asked: str | None) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from glm4run.cli import options
 from glm4run.cli.console import note, talk
+from glm4run.cli.groups import with_groups
 from glm4run.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ FORCED_DIALECTS = {"chatglm": "chat-2024", "glm": "chat-2024", "glm4": "0414"}
 RESUME_FLAG, LAST_SESSION = "--resume", ""
 
 
+@with_groups
 def chat(
+    *,
     model: Annotated[str | None, typer.Argument(help="A folder or the name of a model")] = None,
     system: Annotated[str | None, typer.Option(help="A system message")] = None,
     resume: Annotated[
@@ -46,26 +49,10 @@ def chat(
     hide_thoughts: Annotated[
         bool, typer.Option("--hide-thoughts", help="Do not show what a reasoning model thinks")
     ] = False,
-    max_tokens: options.MaxTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    penalty: options.Penalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    speculate: options.Speculate = None,
+    sampling: options.Sampling,
     force: Annotated[bool, typer.Option("--force", help="Chat with a base model all the same")] = False,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    activations: options.Activations = "auto",
-    quantize_on_load: options.QuantizeOnLoad = None,
-    dtype: options.Dtype = "auto",
-    kv_bits: options.KVBits = "16",
+    loading: options.Loading,
     ctx: options.Ctx = None,
-    threads: options.Threads = None,
-    rope_theta: options.RopeTheta = None,
-    yarn: options.Yarn = "auto",
     prompt_cache: options.PromptCache = None,
     check_plan: options.CheckPlan = False,
 ) -> int:
@@ -86,22 +73,9 @@ def chat(
             raise UsageError(
                 f"the model of session {resume!r} is no longer there", hint="name one: chat MODEL --resume"
             )
-    _, loaded = options.load(
-        model,
-        device=device,
-        backend=backend,
-        activations=activations,
-        quantize_on_load=quantize_on_load,
-        dtype=dtype,
-        ctx=ctx,
-        threads=threads,
-        rope_theta=rope_theta,
-        yarn=yarn,
-        kv_bits=kv_bits,
-        needs_chat=not force,
-    )
-    given = options.given_sampling(max_tokens, temperature, top_p, top_k, min_p, penalty, seed, stop, speculate)
-    options.require_speculation(loaded, speculate)
+    _, loaded = options.load(model, loading, ctx=ctx, needs_chat=not force)
+    given = sampling.given()
+    options.require_speculation(loaded, sampling.speculate)
     params = dataclasses.replace(loaded.default_params(), recover=True, **given)
     if force and loaded.dialect is None:
         loaded = _with_forced_dialect(loaded)
