@@ -36,6 +36,12 @@ def bench(
     dtype: options.Dtype = "auto",
     kv_bits: options.KVBits = "16",
     threads: options.Threads = None,
+    check_plan: Annotated[
+        bool,
+        typer.Option(
+            "--check-plan", help="Compare the memory plan with the measured peak; the bandwidth is then not measured"
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Measures prefill and decoding speed beside the machine's read bandwidth."""
@@ -44,6 +50,8 @@ def bench(
     if not prompts and not generate:
         raise UsageError("--prompt 0 and --generate 0 leave nothing to measure")
     longest = max(depths) + max((*prompts, generate + 2))
+    if check_plan and "," in backend:
+        raise UsageError("--check-plan is for one backend", hint="a second one would start from the peak of the first")
     rows: list[Row] = []
     reading = _Reading()
     for name in backend.split(","):
@@ -60,9 +68,11 @@ def bench(
             yarn="auto",
             kv_bits=kv_bits,
         )
-        if loaded.device.type == "cpu":
+        if loaded.device.type == "cpu" and not check_plan:  # what is read through is a GiB, and no part of the plan
             reading.start()
-        rows += _measure(loaded, prompts, generate, depths, repeat, reading)
+        rows += _measure(loaded, prompts, generate, depths, repeat, reading, compares=not check_plan)
+        if check_plan:
+            options.say_plan_check(loaded, longest)
         del loaded  # before the next backend loads its own arrangement of the weights
     if as_json:
         write_json(_as_json(rows, reading.bandwidth))
@@ -106,6 +116,8 @@ def _measure(
     depths: tuple[int, ...],
     repeat: int,
     reading: _Reading,
+    *,
+    compares: bool,
 ) -> list[Row]:
     from glm4run.benchmark import measure, slower_than_bf16
 
@@ -122,7 +134,7 @@ def _measure(
                 progress=lambda what: status.update(f"measuring {what}"),
             )
         )
-        for tokens in (*((1,) if generate else ()), *prompts):
+        for tokens in (*((1,) if generate else ()), *prompts) if compares else ():
             status.update(f"comparing with bf16 over {tokens} tokens")
             factor = slower_than_bf16(loaded, tokens)
             if factor is not None and factor > SLOWER:
