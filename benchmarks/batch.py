@@ -5,6 +5,9 @@ together, `--rounds` times. Ratios are of the same round. With `--same` the toke
 those of its own run. JSON on stdout.
 
     python benchmarks/batch.py MODEL [--sequences 2,4,8,16] [--tokens 16] [--rounds 3] [--same]
+
+With `--shared N` something else is timed: reading so many prompts of N tokens and a question each, all of the prompts
+beginning alike, as a batch reads them, beside reading the first of them alone and copying it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4run import LoadedModel, SamplingParams, load_model
-from glm4run.batch_decoding import Job
+from glm4run.batch_decoding import Job, SharedContexts
 from glm4run.generate import OpenAnswer
 from glm4run.machine import commit, cpu_name
 from glm4run.steps import Timings
@@ -62,6 +65,29 @@ def decode(model: LoadedModel, jobs: list[Job]) -> tuple[float, list[list[int]]]
     return count / (clock() - started), tokens
 
 
+def time_shared(model: LoadedModel, prompts: int, tokens: int) -> dict[str, Any]:
+    """Seconds for the first prompt and for each of the others, which begin with its `tokens` tokens."""
+    usable = model.ordinary_tokens.nonzero().flatten().tolist()
+    document = [usable[i * 31 % len(usable)] for i in range(tokens)]
+    contexts = SharedContexts(model, tokens + 64)
+    seconds, copying = [], []
+    for number in range(prompts):
+        ids = [*document, *usable[number * 16 : number * 16 + 16]]
+        started = clock()
+        held, shared = contexts.take(ids)
+        copying.append(clock() - started)
+        model.prefill(ids, held.context)
+        seconds.append(clock() - started)
+        print(f"prompt {number}: {shared} tokens shared, {seconds[-1]:.3f} s", file=sys.stderr)
+    return {
+        "tokens": tokens,
+        "first_s": round(seconds[0], 3),
+        "each_other_s": round(statistics.median(seconds[1:]), 4),
+        "of_which_copying_s": round(statistics.median(copying[1:]), 4),
+        "cache_bytes_copied": held.context.cache.nbytes // held.context.cache.capacity * shared,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -72,13 +98,20 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="the process's own seconds: with --threads 1, where others run"
     )
+    parser.add_argument("--shared", type=int, metavar="N", help="time prompts that share N tokens instead")
+    parser.add_argument("--kv-bits", default="16")
     parser.add_argument("--same", action="store_true", help="compare every sequence's tokens with its run alone")
     given = parser.parse_args()
-    loaded = load_model(given.model, context_len=512, threads=given.threads)
+    context = (given.shared or 448) + 64
+    loaded = load_model(given.model, context_len=context, threads=given.threads, kv_bits=given.kv_bits)
     model = dataclasses.replace(loaded, stop_ids=frozenset())  # answers of equal length
     if model.why_no_speculation is not None:
         parser.error(model.why_no_speculation)
     sizes = [int(size) for size in given.sequences.split(",")]
+    if given.shared:
+        timed = time_shared(model, max(sizes), given.shared)
+        print(json.dumps({"machine": cpu_name(), "commit": commit(), "model": model.name, **timed}, indent=2))
+        return
     jobs = jobs_of(model, max(sizes), given.tokens + 1)
     speeds: dict[int, list[float]] = {size: [] for size in (1, *sizes)}
     together: list[list[int]] = []

@@ -11,7 +11,7 @@ from glm4run.constraints import Constraint
 from glm4run.errors import GenerationError, Glm4RunError
 from glm4run.generate import LoadedModel, is_conversation
 from glm4run.sampling import SamplingParams, TokenLogprobs
-from glm4run.steps import GenerationStep, Timings
+from glm4run.steps import Context, GenerationStep, Timings
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Answer:
             "speculation": {"drafted": self.timings.drafted_tokens, "accepted": self.timings.accepted_tokens},
             "model": self.model,
             "backend": self.backend,
-            "cached_tokens": self.timings.recalled_tokens,
+            "cached_tokens": self.timings.recalled_tokens + self.timings.shared_tokens,
             **({} if self.constraint is None else {"valid": self.problem is None}),
             **({} if self.problem is None else {"problem": self.problem}),
             **({"logprobs": [_as_json(token) for token in self.logprobs]} if self.logprobs else {}),
@@ -98,15 +98,24 @@ def collect(
     on_prefill: Callable[[int, int], None] | None = None,
     constraint: Constraint | None = None,
     chat: bool | None = None,
+    context: Context | None = None,
 ) -> Answer:
-    """Runs a stream to its end. `on_text` gets (new text, new thought) as they come.
+    """Runs a stream to its end. `on_text` gets (new text, new thought) as they come; `context` as `stream` takes it.
 
     Ctrl-C ends it with `interrupted`, output that is not finite with `error`; what was generated until then is kept.
     """
     ids = model.encode_prompt(prompt)
     answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(ids), constraint=constraint)
     chat = is_conversation(prompt) if chat is None else chat
-    steps = model.stream(ids, params, chat=chat, timings=answer.timings, on_prefill=on_prefill, constraint=constraint)
+    steps = model.stream(
+        ids,
+        params,
+        chat=chat,
+        context=context,
+        timings=answer.timings,
+        on_prefill=on_prefill,
+        constraint=constraint,
+    )
     try:
         for step in steps:
             answer.add(step)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4run.answer import Answer, collect
-from glm4run.batch_decoding import Job, answer_together, choose_batch
+from glm4run.batch_decoding import Job, SharedContexts, answer_together, choose_batch, sharing_order
 from glm4run.chat_format import Message, parse_messages
 from glm4run.constraints import Constraint
 from glm4run.errors import DoesNotFitError, UsageError
@@ -120,10 +120,15 @@ class Batch:
                 ids, seeded(params, request.id), is_conversation(prompt), constraint=request.constraint or constraint
             )
             self.jobs.append((request, job))
+        order = sharing_order([job.ids for _, job in self.jobs])
+        self.jobs = [self.jobs[number] for number in order]
         self.plan = choose_batch(model, [job for _, job in self.jobs], sequences)
 
     def run(self) -> Iterator[Done]:
         """Answers one request after the other, in the order in which they end; each is on disk before it is yielded.
+
+        They begin in the order of the file, except that those whose prompts begin alike follow each other: what they
+        share is read once.
 
         A request that cannot be answered (too long, or the model's output is broken) gets a line with `error`. An
         interrupted answer (Ctrl-C) is the last, is not written, and is done again next time; so is a cut line.
@@ -145,8 +150,19 @@ class Batch:
     def _answers(self) -> Iterator[tuple[Request, Answer]]:
         yield from self.refused
         if self.plan.sequences == 1:
+            contexts = SharedContexts(self.model)
             for request, job in self.jobs:
-                answer = collect(self.model, job.ids, job.params, chat=job.chat, constraint=job.constraint)
+                held, shared = contexts.take(job.ids)
+                answer = collect(
+                    self.model,
+                    job.ids,
+                    job.params,
+                    chat=job.chat,
+                    constraint=job.constraint,
+                    context=held.context,
+                )
+                answer.timings.shared_tokens = shared
+                contexts.give_back(held, is_sound=answer.error is None)
                 yield request, answer
                 if answer.finish_reason == "interrupted":
                     return

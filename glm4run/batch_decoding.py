@@ -2,12 +2,14 @@
 
 Every sequence has its own cache, sampler and end. What it becomes does not depend on the others: the native library
 gives a row the same bits whatever else is in the product. Prompts are read one at a time, chunk by chunk, between two
-steps of the others.
+steps of the others; what a prompt has in common with one that was read before is copied from its cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from glm4run.steps import Context
 MOST_TOGETHER = 32
 # What `auto` takes at most: beyond it a step takes as much longer as it has more sequences (docs/performance.md).
 ENOUGH_TOGETHER = 16
+SHARED_BLOCK = 64  # tokens: requests that begin alike for so long are answered one after the other
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class _Lane:
     number: int  # of its job
     open: OpenAnswer
     answer: Answer
+    cache: HeldContext
 
 
 def choose_batch(model: LoadedModel, jobs: Sequence[Job], wanted: int | None) -> BatchPlan:
@@ -104,23 +108,86 @@ def _plan(model: LoadedModel, sequences: int, capacity: int) -> tuple[Run, Memor
     return together, plan_run(together, capacity)
 
 
+def sharing_order(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The numbers of the prompts, those that begin alike side by side; nothing else leaves its place.
+
+    Walks the tree of their beginnings, branches in the order in which they first come. Each prompt then shares most
+    with the one before it, so that what it shares has never been given away.
+    """
+    first: dict[bytes, int] = {}
+    keys = []
+    for number, prompt in enumerate(prompts):
+        begins, path = hashlib.sha256(), []
+        for start in range(0, len(prompt) - SHARED_BLOCK + 1, SHARED_BLOCK):
+            begins.update(array("I", prompt[start : start + SHARED_BLOCK]).tobytes())
+            path.append(first.setdefault(begins.digest(), number))
+        keys.append((*path, number))
+    return sorted(range(len(prompts)), key=keys.__getitem__)
+
+
+@dataclass(eq=False)
+class HeldContext:
+    """A context, and how many of its tokens are of a prompt that others may begin with."""
+
+    context: Context
+    prompt_tokens: int = 0
+
+
+class SharedContexts:
+    """The caches of a batch. Each keeps the prompt that it last held, so that the next one begins with what it shares.
+
+    Only what was read as a prompt is shared, and where chunks show in the last bits only whole chunks
+    (`LoadedModel.cut_unit`): so an answer is the same to the bit as alone.
+    """
+
+    def __init__(self, model: LoadedModel, capacity: int | None = None) -> None:
+        """`capacity` of each cache in tokens; None takes the model's context."""
+        self.model, self.capacity = model, capacity
+        self._idle: list[HeldContext] = []  # the last used at the end
+        self._busy: list[HeldContext] = []
+
+    def take(self, ids: Sequence[int]) -> tuple[HeldContext, int]:
+        """A context for a prompt, and how many of its tokens are in there already."""
+        unit = self.model.cut_unit
+        best, shared = None, 0
+        for held in (*self._idle, *self._busy):
+            count = min(held.context.shares(ids, unit), held.prompt_tokens // unit * unit)
+            if count > shared:
+                best, shared = held, count
+        if best is not None and best in self._idle:
+            self._idle.remove(best)
+            chosen = best
+        else:
+            chosen = self._idle.pop(0) if self._idle else HeldContext(self.model.new_context(self.capacity))
+        chosen.context.begin_with(chosen.context if best is None else best.context, shared)
+        chosen.prompt_tokens = len(ids)
+        self._busy.append(chosen)
+        return chosen, shared
+
+    def give_back(self, held: HeldContext, *, is_sound: bool = True) -> None:
+        """Its answer has ended; where not `is_sound`, nobody begins with it."""
+        self._busy.remove(held)
+        self._idle.append(held)
+        if not is_sound:
+            held.prompt_tokens = 0
+
+
 def answer_together(model: LoadedModel, jobs: Sequence[Job], batch: BatchPlan) -> Iterator[tuple[int, Answer]]:
     """Yields (number of the job, its answer) as they end. A job that cannot be answered ends with `error`.
 
     Ctrl-C ends the iteration with KeyboardInterrupt; what was being answered is lost.
     """
     waiting = deque(enumerate(jobs))
-    contexts: list[Context] = []
+    contexts = SharedContexts(model, batch.capacity)
     lanes: list[_Lane] = []
     while waiting or lanes:
         while waiting and len(lanes) < batch.sequences:
             number, job = waiting.popleft()
-            context = contexts.pop() if contexts else model.new_context(batch.capacity)
-            lane = _open(model, number, job, context)
+            lane = _open(model, number, job, contexts)
             if _proceed(lane, None):  # reads the prompt and chooses the first token
                 lanes.append(lane)
             else:
-                contexts.append(context)
+                contexts.give_back(lane.cache, is_sound=lane.answer.error is None)
                 yield number, lane.answer
         if not lanes:
             continue
@@ -129,21 +196,21 @@ def answer_together(model: LoadedModel, jobs: Sequence[Job], batch: BatchPlan) -
         for lane, logits in zip(lanes, model.decode_together([lane.open for lane in lanes]), strict=True):
             (going if _proceed(lane, logits) else ended).append(lane)
         lanes = going
-        contexts += [lane.open.context for lane in ended]
+        for lane in ended:
+            contexts.give_back(lane.cache, is_sound=lane.answer.error is None)
         for lane in ended:
             yield lane.number, lane.answer
 
 
-def _open(model: LoadedModel, number: int, job: Job, context: Context) -> _Lane:
-    """An answer that begins in this context. What it held is forgotten: a prompt that is read behind a part of another
-    would be cut into other chunks than alone, whose attention rounds differently."""
-    context.cache.truncate(0)
-    context.ids.clear()
+def _open(model: LoadedModel, number: int, job: Job, contexts: SharedContexts) -> _Lane:
+    """An answer that begins."""
+    held, shared = contexts.take(job.ids)
     answer = Answer(model.name, model.backend, model.load_s, prompt_tokens=len(job.ids), constraint=job.constraint)
     opened = model.open_answer(
-        job.ids, job.params, chat=job.chat, context=context, timings=answer.timings, constraint=job.constraint
+        job.ids, job.params, chat=job.chat, context=held.context, timings=answer.timings, constraint=job.constraint
     )
-    return _Lane(number, opened, answer)
+    answer.timings.shared_tokens = shared
+    return _Lane(number, opened, answer, held)
 
 
 def _proceed(lane: _Lane, logits: Tensor | None) -> bool:

@@ -27,7 +27,7 @@ from glm4run.kv_cache import KVCache
 from glm4run.kv_format import KVFormat, parse_kv_bits
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import LoadedWeights, available_bytes, load_weights
-from glm4run.memory import GIB, MemoryPlan, Run, grammar_term, plan_run, resident_bytes
+from glm4run.memory import GIB, MemoryPlan, Run, attends_natively, grammar_term, plan_run, resident_bytes
 from glm4run.memory.heap import return_large_blocks
 from glm4run.model import Glm4Model
 from glm4run.model_folders import chat_dialect, no_chat_template, read_generation_config
@@ -112,6 +112,16 @@ class LoadedModel:
         if not (isinstance(head, QuantizedLinear) and head.backend.name == "native"):
             return "its head is not packed for the native library"
         return None
+
+    @property
+    def cut_unit(self) -> int:
+        """Where a prompt may be cut in two without a trace: behind any token (1), or behind whole chunks only.
+
+        Where a chunk's borders show in its last bits, the rest of a prompt must be computed in the very chunks in which
+        it would be from the start.
+        """
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return 1 if self.backend == "native" and attends_natively(heads, kv_heads) else self.plan.chunk
 
     @cached_property
     def step_costs(self) -> StepCosts:

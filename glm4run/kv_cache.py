@@ -1,7 +1,8 @@
 """Keys and values of the tokens seen so far, in memory that is allocated once.
 
 Knows shapes and positions; must not know the model. A layer appends and gets back views over everything up to the
-new tokens, so nothing is copied or concatenated as the conversation grows.
+new tokens, so nothing is copied or concatenated as the conversation grows. To trim is to move `position`, to fork is
+to copy rows.
 """
 
 from __future__ import annotations
@@ -87,6 +88,22 @@ class KVCache:
             if rows[name].shape != target.shape or rows[name].dtype != target.dtype:
                 raise ValueError(f"{name} are {rows[name].dtype} {tuple(rows[name].shape)}, the cache's are not")
             target.copy_(rows[name])
+
+    def copy_from(self, other: KVCache, count: int) -> None:
+        """Becomes the first `count` tokens of `other`, a cache of the same model and format: the same bits.
+
+        A copy of what a forward would have to compute: 40 KiB a token for GLM-4-9B. The rows of a head stay one run of
+        memory, which is what every kernel reads.
+
+        Raises:
+            ValueError: `other` holds fewer tokens, or this cache has no room for them.
+        """
+        if not 0 <= count <= min(other.position, self.capacity):
+            raise ValueError(f"{count} tokens of {other.position} do not go into a cache of {self.capacity}")
+        if other is not self:
+            for layer in range(len(self.layers)):
+                self.restore(layer, 0, other.rows(layer, 0, count))
+        self.position = count
 
     @property
     def nbytes(self) -> int:

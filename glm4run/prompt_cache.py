@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from glm4run.fingerprint import of_computation
 from glm4run.kv_cache import KVCache
 from glm4run.kv_files import Piece, PieceError, load_piece, write_piece
-from glm4run.memory import attends_natively
 from glm4run.prompt_store import (
     DEFAULT_BYTES,
     NAME_DIGITS,
@@ -69,13 +68,7 @@ class PromptCache:
         self.root = prompts_folder() if root is None else root
         self.on_recall, self.on_problem = on_recall, on_problem
         self.enabled = True
-        config = model.config
-        cut_freely = model.backend == "native" and attends_natively(
-            config.num_attention_heads, config.num_key_value_heads
-        )
-        # Where a chunk's borders show in its last bits, only whole chunks are loaded: the rest is then computed in the
-        # very chunks in which it would be without this.
-        self.unit = 1 if cut_freely else model.plan.chunk
+        self.unit = model.cut_unit
         self._pending: list[_Pending] = []
         self._folder: Path | None = None
 

@@ -47,6 +47,7 @@ class Timings:
     prefill_s: float = 0.0
     prefill_tokens: int = 0
     recalled_tokens: int = 0  # from kept prompts, beside `prefill_tokens`
+    shared_tokens: int = 0  # of other requests of a batch, likewise
     decode_s: float = 0.0
     decode_tokens: int = 0
     drafted_tokens: int = 0  # by speculation
@@ -70,9 +71,19 @@ class Context:
     cache: KVCache
     ids: list[int] = field(default_factory=list)
 
+    def shares(self, prompt: Sequence[int], unit: int = 1) -> int:
+        """How many tokens of `prompt` the cache holds at its beginning, a multiple of `unit`; never all of them."""
+        held = self.ids[: min(self.cache.position, len(prompt) - 1)]
+        return common_prefix(held, prompt) // unit * unit
+
+    def begin_with(self, other: Context, count: int) -> None:
+        """Holds the first `count` tokens of `other`, and nothing else: a fork of it, or itself cut short."""
+        self.cache.copy_from(other.cache, count)
+        self.ids = other.ids[:count]
+
     def reuse(self, prompt: Sequence[int]) -> list[int]:
         """Keeps the longest common prefix and returns what must still be prefilled; at least the last token."""
-        common = min(common_prefix(self.ids[: self.cache.position], prompt), len(prompt) - 1)
+        common = self.shares(prompt)
         self.cache.truncate(common)
         self.ids = list(prompt[:common])
         return list(prompt[common:])

@@ -34,6 +34,12 @@ def bench(
     depth: Annotated[str, typer.Option(help="Tokens already in the context, such as 0,8k")] = "0",
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each test; the median counts")] = 3,
     loading: options.Loading,
+    check_plan: Annotated[
+        bool,
+        typer.Option(
+            "--check-plan", help="Compare the memory plan with the measured peak; the bandwidth is then not measured"
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Measures prefill and decoding speed beside the machine's read bandwidth.
@@ -45,13 +51,17 @@ def bench(
     if not prompts and not generate:
         raise UsageError("--prompt 0 and --generate 0 leave nothing to measure")
     longest = max(depths) + max((*prompts, generate + 2))
+    if check_plan and "," in loading.backend:
+        raise UsageError("--check-plan is for one backend", hint="a second one would start from the peak of the first")
     rows: list[Row] = []
     reading = _Reading()
     for name in loading.backend.split(","):
         _, loaded = options.load(model, dataclasses.replace(loading, backend=name), ctx=str(longest))
-        if loaded.device.type == "cpu":
+        if loaded.device.type == "cpu" and not check_plan:  # what is read through is a GiB, and no part of the plan
             reading.start()
-        rows += _measure(loaded, prompts, generate, depths, repeat, reading)
+        rows += _measure(loaded, prompts, generate, depths, repeat, reading, compares=not check_plan)
+        if check_plan:
+            options.say_plan_check(loaded, longest)
         del loaded  # before the next backend loads its own arrangement of the weights
     if as_json:
         write_json(_as_json(rows, reading.bandwidth))
@@ -95,6 +105,8 @@ def _measure(
     depths: tuple[int, ...],
     repeat: int,
     reading: _Reading,
+    *,
+    compares: bool,
 ) -> list[Row]:
     from glm4run.benchmark import measure, slower_than_bf16
 
@@ -111,7 +123,7 @@ def _measure(
                 progress=lambda what: status.update(f"measuring {what}"),
             )
         )
-        for tokens in (*((1,) if generate else ()), *prompts):
+        for tokens in (*((1,) if generate else ()), *prompts) if compares else ():
             status.update(f"comparing with bf16 over {tokens} tokens")
             factor = slower_than_bf16(loaded, tokens)
             if factor is not None and factor > SLOWER:

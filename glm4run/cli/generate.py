@@ -239,7 +239,7 @@ def _run_batch(
         note(f"{work.answered} of {work.total} answers are in {target} already")
     if work.plan.sequences > 1:
         note(f"{work.plan.sequences} requests together, each with a context of {work.plan.capacity} tokens")
-    started, tokens, most = time.perf_counter(), 0, 0
+    started, tokens, most, asked, shared = time.perf_counter(), 0, 0, 0, 0
     with count_progress("answering", work.answered, work.total) as update:
         for item in work.run():
             answer = item.answer
@@ -248,12 +248,15 @@ def _run_batch(
                 note(f"interrupted: run the same command again to go on after {item.done} answers")
                 return EXIT_INTERRUPTED
             tokens += answer.completion_tokens
+            asked, shared = asked + answer.prompt_tokens, shared + answer.timings.shared_tokens
             most = max(most, answer.prompt_tokens + answer.completion_tokens)
             problem = "" if answer.problem is None else f", not valid: {answer.problem}"
             problem += "" if answer.error is None else f": {answer.error.message}"
             note(f"{item.request.id!r}: {answer.completion_tokens} tokens, ended by {answer.finish_reason}{problem}")
             update(item.done)
     elapsed = time.perf_counter() - started
+    if shared:
+        note(f"{shared} of {asked} prompt tokens had been read for another request")
     note(f"{work.total} answers are in {target}; {tokens} tokens, {tokens / max(elapsed, 1e-9):.1f} tok/s in all")
     if check_plan:
         note(compare_plan(work.plan.run, work.plan.plan, loaded.device, most).describe())

@@ -15,11 +15,21 @@ import torch
 from glm4run import LoadedModel, SamplingParams, batch_decoding, load_model
 from glm4run.answer import Answer, collect
 from glm4run.batch import Batch, read_requests, seeded
-from glm4run.batch_decoding import MOST_TOGETHER, Job, answer_together, choose_batch
+from glm4run.batch_decoding import (
+    MOST_TOGETHER,
+    SHARED_BLOCK,
+    Job,
+    SharedContexts,
+    answer_together,
+    choose_batch,
+    sharing_order,
+)
 from glm4run.cards import demo_folder
 from glm4run.chat_format import Message
 from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.prompt_cache import PromptCache
 from glm4run.steps import Timings
+from tests.builders import write_packed
 from tests.native_library import each_isa, needs_library, running
 from tests.scripted import loaded_model
 
@@ -264,3 +274,128 @@ def test_seeds_depend_on_the_request_alone() -> None:
     assert seeded(dataclasses.replace(warm, seed=4), "a") != seeded(warm, "a")
     assert seeded(SamplingParams(temperature=1.0), "a").seed is None
     assert Timings().decode_tokens == 0
+
+
+# --- prompts that begin alike
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model with heads as GLM-4's, whose prompts may be cut anywhere."""
+    heads = {"num_attention_heads": 16, "head_dim": 16, "max_position_embeddings": 1024}
+    yield write_packed(tmp_path_factory.mktemp("wide") / "m", source=heads, bits=4)
+
+
+def family_of_prompts() -> list[list[int]]:
+    """Two documents, questions about them in turn, one question asked twice; and what shares nothing."""
+    source = random.Random(5)
+    first, second = ([source.randrange(40, 250) for _ in range(length)] for length in (150, 210))
+    questions = [[source.randrange(40, 250) for _ in range(length)] for length in (9, 30, 1, 17)]
+    prompts = [document + question for question in questions for document in (first, second)]
+    return [[7], *prompts, second, [*first[:100], 41], prompts[3], [250, 249]]
+
+
+def distinct_tokens(prompts: list[list[int]]) -> int:
+    """What must be computed: every branch of the tree once, and a prompt's last token always."""
+    nodes = {tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1)}
+    repeated = len(prompts) - len({tuple(prompt) for prompt in prompts})
+    longer = [prompt for prompt in prompts if any(p[: len(prompt)] == prompt for p in prompts if p != prompt)]
+    inner = {tuple(prompt) for prompt in longer}
+    return len(nodes) + repeated + len(inner)
+
+
+@needs_library
+@pytest.mark.parametrize("kv_bits", ["16", "8:4"])
+@pytest.mark.parametrize("sequences", [1, 3, 16])
+def test_what_prompts_share_is_read_once_and_changes_no_bit(
+    wide: Path, tmp_path: Path, sequences: int, kv_bits: str
+) -> None:
+    model = load_model(wide, backend="native", context_len=400, threads=1, kv_bits=kv_bits)
+    assert model.cut_unit == 1
+    prompts = family_of_prompts()
+    params = SamplingParams(max_new_tokens=6, logprobs=3, temperature=0.8, seed=3, stop_on_repetition=False)
+    jobs = [Job(ids, dataclasses.replace(params, seed=n), chat=False) for n, ids in enumerate(prompts)]
+    order = sharing_order(prompts)
+    plan = choose_batch(model, jobs, sequences)
+    if sequences == 1:
+        contexts = SharedContexts(model)
+        answers = {}
+        for number in order:
+            held, shared = contexts.take(jobs[number].ids)
+            answers[number] = collect(model, jobs[number].ids, jobs[number].params, context=held.context, chat=False)
+            answers[number].timings.shared_tokens = shared
+            contexts.give_back(held)
+    else:
+        ordered = [jobs[number] for number in order]
+        answers = {order[place]: answer for place, answer in answer_together(model, ordered, plan)}
+    computed = sum(answer.timings.prefill_tokens for answer in answers.values())
+    assert computed + sum(answer.timings.shared_tokens for answer in answers.values()) == sum(map(len, prompts))
+    least = distinct_tokens(prompts)  # where every cache is kept; few caches lose what is shared by less than a block
+    assert computed == least if sequences >= len(jobs) else least <= computed < least + 150 < sum(map(len, prompts)) / 2
+    for number, job in enumerate(jobs):
+        alone = plain(collect(model, job.ids, job.params, chat=False))
+        assert plain(answers[number]) == {**alone, "cached_tokens": answers[number].timings.shared_tokens}, number
+
+
+@needs_library
+def test_where_chunks_show_only_whole_ones_are_shared(demo: LoadedModel) -> None:
+    model = dataclasses.replace(demo, plan=dataclasses.replace(demo.plan, chunk=32))
+    assert model.cut_unit == 32
+    ids = demo.encode_prompt([Message("user", QUESTIONS[2] * 30)])
+    prompts = [[*ids[:100], *ids[n:40]] for n in range(1, 6)]
+    jobs = [Job(prompt, SamplingParams(max_new_tokens=8, logprobs=5), chat=True) for prompt in prompts]
+    for sequences in (2, 5):
+        together = dict(answer_together(model, jobs, choose_batch(model, jobs, sequences)))
+        assert [together[n].timings.shared_tokens for n in range(5)] == [0, 96, 96, 96, 96]
+        for number, job in enumerate(jobs):
+            alone = plain(collect(model, job.ids, job.params, chat=True))
+            assert plain(together[number]) == {**alone, "cached_tokens": 96 * (number > 0)}, number
+
+
+@needs_library
+def test_nobody_begins_with_what_broke_or_was_generated(wide: Path) -> None:
+    contexts = SharedContexts(load_model(wide, backend="native", context_len=100, threads=1), 100)
+    prompt = list(range(40, 80))
+    held, shared = contexts.take(prompt)
+    contexts.model.prefill([*prompt, 81, 82], held.context)  # two tokens of an answer
+    other, more = contexts.take([*prompt, 81, 82, 83])
+    assert (shared, more) == (0, 40) and other is not held
+    contexts.model.prefill([*prompt, 81, 82, 83], other.context)
+    contexts.give_back(held, is_sound=False)
+    again, more = contexts.take([*prompt, 81, 82, 99])
+    assert again is held and more == 42  # of the other, which is still being answered
+    contexts.give_back(other, is_sound=False)
+    contexts.give_back(again, is_sound=False)
+    assert contexts.take([*prompt, 81, 82, 83, 84]) == (other, 0)
+
+
+def test_prompts_that_begin_alike_follow_each_other_and_the_rest_stays() -> None:
+    block = [n % 250 for n in range(SHARED_BLOCK)]
+    a, b, c = ([first, *block, 1] for first in range(3))
+    assert sharing_order([[1], [2], [1]]) == [0, 1, 2]
+    assert sharing_order([a, b, [5], a, [*b, *block], c, b]) == [0, 3, 1, 4, 6, 2, 5]
+    assert sharing_order([[*a, *a], [*a, *b], [*a, *a, 9]]) == [0, 2, 1]
+    assert sharing_order([]) == []
+
+
+@needs_library
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_file_says_what_was_shared_and_keeps_it_on_disk_once(wide: Path, tmp_path: Path, sequences: int) -> None:
+    loaded = load_model(wide, backend="native", context_len=700, threads=1)
+    kept = PromptCache(loaded, root=tmp_path / "prompts")
+    model = dataclasses.replace(loaded, kept_prompts=kept)
+    document = "".join(chr(97 + n * n % 23) for n in range(600))
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"id": n, "prompt": f"{document}{n}" if n % 2 else f"{n}"} for n in range(6)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    work = Batch(
+        model, read_requests(source), SamplingParams(max_new_tokens=4), target, as_prompt=str, sequences=sequences
+    )
+    for item in work.run():
+        kept.keep()
+        alone = plain(collect(loaded, item.request.prompt or "", SamplingParams(max_new_tokens=4)))
+        assert plain(item.answer) == {**alone, "cached_tokens": item.answer.timings.shared_tokens}
+    found = {line["id"]: line for line in map(json.loads, target.read_text(encoding="utf-8").splitlines())}
+    assert list(found) == [0, 1, 3, 5, 2, 4] or sequences > 1
+    assert all(found[n]["cached_tokens"] == found[n]["prompt_tokens"] - 1 for n in (3, 5))
+    assert len(list((tmp_path / "prompts").glob("*/*.safetensors"))) == 3

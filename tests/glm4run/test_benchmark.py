@@ -138,7 +138,30 @@ def test_a_packed_format_that_is_slower_than_bf16_is_said_aloud(
     assert "0.4" not in warned
 
 
-@pytest.mark.parametrize("words", [["--prompt", "0", "--generate", "0"], ["--depth", "many"], ["--backend", "fast"]])
+def test_the_plan_is_checked_at_the_depth_without_reading_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(benchmark, "ReadProbe", None)
+    monkeypatch.setattr("glm4run.cli.options.say_plan_check", lambda model, tokens: seen.append(tokens))
+    words = ["bench", "demo", "--prompt", "0", "--generate", "2", "--depth", "900", "--repeat", "1", "--check-plan"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--kv-bits", "8", "--json"])
+    assert ended.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert seen == [904] and result["read_bandwidth_gb_per_s"] is None
+    assert [(row["test"], row["fraction_of_bandwidth"]) for row in result["rows"]] == [("tg2", None)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prompt", "0", "--generate", "0"],
+        ["--depth", "many"],
+        ["--backend", "fast"],
+        ["--check-plan", "--backend", "native,torch"],
+    ],
+)
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "demo", *words])

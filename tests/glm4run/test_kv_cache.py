@@ -344,3 +344,48 @@ def test_the_last_position_of_a_long_context(kept: str) -> None:
     assert float((one - whole[-1:]).abs().max()) < 1e-4
     parts = [NativeOps().attend(query[:, a:b], layer, LONG - 20 + b) for a, b in ((0, 9), (9, 11), (11, 20))]
     assert float((torch.cat(parts) - whole).abs().max()) < 1e-4
+
+
+# --- forks
+
+
+@pytest.mark.parametrize("kv_bits", ["16", "8", "4", "8:4"])
+def test_a_fork_has_the_same_bits_and_goes_its_own_way(kv_bits: str) -> None:
+    def cache(capacity: int) -> KVCache:
+        return KVCache(
+            CONFIG, capacity, dtype=torch.bfloat16, device=torch.device("cpu"), kv_format=parse_kv_bits(kv_bits)
+        )
+
+    def held(cache: KVCache) -> list[Tensor]:
+        return [t.clone() for n in range(3) for t in cache.rows(n, 0, cache.position).values()]
+
+    def feed(cache: KVCache, count: int, seed: int) -> None:
+        for layer in range(3):
+            cache.append(layer, *(t.bfloat16() for t in tokens(count, seed=seed + layer)))
+        cache.advance(count)
+
+    first, fork, alone = cache(12), cache(9), cache(9)
+    feed(first, 7, seed=1)
+    feed(fork, 8, seed=50)  # what it held before is forgotten
+    before = held(first)
+    fork.copy_from(first, 5)
+    assert fork.position == 5 and first.position == 7
+    feed(fork, 4, seed=20)
+    assert all(map(torch.equal, before, held(first)))
+    feed(alone, 7, seed=1)
+    alone.truncate(5)
+    feed(alone, 4, seed=20)
+    assert all(map(torch.equal, held(alone), held(fork)))
+    first.copy_from(first, 3)
+    assert first.position == 3
+
+
+def test_a_fork_of_what_is_not_there_is_refused() -> None:
+    first, small = new_cache(), new_cache(2)
+    for layer in range(3):
+        first.append(layer, *tokens(4))
+    first.advance(4)
+    for target, count in ((new_cache(), 5), (small, 3), (small, -1)):
+        with pytest.raises(ValueError, match="do not go into a cache"):
+            target.copy_from(first, count)
+        assert target.position == 0

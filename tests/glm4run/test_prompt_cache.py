@@ -151,7 +151,37 @@ def test_an_interrupted_prefill_is_not_lost(tiny: LoadedModel, tmp_path: Path) -
     answer = collect(kept.model, long, GREEDY, on_prefill=interrupt)
     assert answer.finish_reason == "interrupted"
     kept.cache.keep()
-    assert Kept(tiny, tmp_path).read(long) == 1024
+    calls: list[tuple[int, int]] = []
+    again = Kept(tiny, tmp_path)
+    resumed = collect(again.model, long, GREEDY, on_prefill=lambda *counts: calls.append(counts))
+    rest = len(long) - 1024
+    assert resumed.timings.recalled_tokens == 1024 and resumed.timings.prefill_tokens == rest
+    # Progress counts what is read now. What fits one chunk has no bar: it begins at its end.
+    assert [done for done, _ in calls] == [rest] and {total for _, total in calls} == {rest}
+    assert resumed.token_ids == collect(tiny, long, GREEDY).token_ids
+
+
+def test_progress_of_a_resumed_prompt_is_of_what_is_left(tiny: LoadedModel) -> None:
+    model = dataclasses.replace(tiny, plan=dataclasses.replace(tiny.plan, chunk=100))
+    context, calls = model.new_context(), list[tuple[int, int]]()
+
+    def struck(done: int, total: int) -> None:
+        calls.append((done, total))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.prefill(PROMPT, context, on_prefill=struck)
+    assert calls == [(0, 700), (100, 700), (200, 700), (300, 700)]
+    assert len(context.ids) == context.cache.position == 300
+    calls.clear()
+    model.prefill(PROMPT, context, on_prefill=lambda *counts: calls.append(counts))
+    assert calls == [(0, 400), (100, 400), (200, 400), (300, 400), (400, 400)]
+    whole = model.new_context()
+    model.prefill(PROMPT, whole)
+    for layer in range(model.config.num_hidden_layers):
+        for name, rows in whole.cache.rows(layer, 0, 700).items():
+            assert torch.equal(rows, context.cache.rows(layer, 0, 700)[name])
 
 
 def test_other_weights_rope_or_dtype_have_prompts_of_their_own(tiny: LoadedModel, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from glm4run.model import Glm4Model
 from tests.builders import write_checkpoint
 from tests.glm4run.cli.test_cli import Result, Run, run
 
@@ -41,6 +43,26 @@ def test_generate_finds_the_document_of_an_earlier_process(run: Run, ask: Any) -
     assert off.json()["token_ids"] == again.json()["token_ids"]
 
 
+def test_generate_goes_on_where_ctrl_c_stopped_it(run: Run, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ask("one", "--prompt-cache", "off").json()["token_ids"]
+    forward, fed = Glm4Model.hidden_states, list[int]()
+
+    def struck(self: Glm4Model, ids: Tensor, cache: Any = None) -> Tensor:
+        fed.append(len(ids))
+        if len(fed) == 2:
+            raise KeyboardInterrupt  # inside the second chunk
+        return forward(self, ids, cache)
+
+    monkeypatch.setattr(Glm4Model, "hidden_states", struck)
+    first = ask("one")
+    assert first.code == 130 and first.json()["finish_reason"] == "interrupted"
+    assert fed[0] == 512
+    again = ask("one")
+    assert again.json()["token_ids"] == expected
+    assert again.json()["cached_tokens"] == 512
+    assert sum(fed[2:]) == again.json()["prompt_tokens"] - 512 + 3  # the rest, and the answer's tokens but the last
+
+
 def test_off_and_sizes_of_the_option_and_of_the_environment(
     run: Run, ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -66,7 +88,10 @@ def test_batches_share_a_document(run: Run, model: Path, tmp_path: Path) -> None
         got = run("generate", "-m", model, "--input", tmp_path / "in.jsonl", "--output", target, *options, *more)
         assert got.code == 0
         answers = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
-        assert [answer["cached_tokens"] > 0 for answer in answers] == [False, name == "with", name == "with"]
+        # Without a disk, what one request has read is still there for the next.
+        assert [answer["cached_tokens"] for answer in answers] == [0, 1024, 1024]
+        asked = sum(answer["prompt_tokens"] for answer in answers)
+        assert f"2048 of {asked} prompt tokens had been read for another request" in got.err
         texts.append([answer["token_ids"] for answer in answers])
     assert texts[0] == texts[1]
 

@@ -33,9 +33,11 @@ def lines_of_error(err: str) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("error:")]
 
 
-def test_a_prompt_that_fills_the_context_is_answered(run: Run, model: Path) -> None:
+@pytest.mark.parametrize("kv_bits", ["16", "8", "4", "8:4"])
+def test_a_prompt_that_fills_the_context_is_answered(run: Run, model: Path, kv_bits: str) -> None:
     for tokens in (63, 64):
-        got = run("generate", "-m", model, "--raw", "--ctx", "64", *GREEDY, "--json", "x" * tokens)
+        words = ("--raw", "--ctx", "64", "--kv-bits", kv_bits)
+        got = run("generate", "-m", model, *words, *GREEDY, "--json", "x" * tokens)
         assert got.code == 0, got.err
         assert got.json()["prompt_tokens"] == tokens
 
@@ -54,12 +56,21 @@ def test_a_prompt_that_fills_the_context_is_answered(run: Run, model: Path) -> N
         (("eval", "MODEL", "--needle", "--lengths", "513"), "513 tokens was asked for, this model has 512"),
         (("bench", "MODEL", "--prompt", "0", "--generate", "8", "--depth", "503"), "this model has 512"),
         (("bench", "MODEL", "--prompt", "513", "--generate", "0"), "this model has 512"),
+        (
+            ("generate", "-m", "MODEL", "--ctx", "513", "--input", "LINES", "--output", "OUT"),
+            "513 tokens was asked for, this model has 512",
+        ),
     ],
 )
-def test_one_token_more_is_refused(run: Run, model: Path, tmp_path: Path, words: tuple[str, ...], what: str) -> None:
+@pytest.mark.parametrize("kv_bits", ["16", "8", "4", "8:4"])
+def test_one_token_more_is_refused(
+    run: Run, model: Path, tmp_path: Path, words: tuple[str, ...], what: str, kv_bits: str
+) -> None:
     (tmp_path / "text").write_text("hello there " * 400, encoding="utf-8")
-    places = {"MODEL": str(model), "TEXT": str(tmp_path / "text")}
-    got = run(*(places.get(word, word) for word in words))
+    (tmp_path / "lines").write_text('{"prompt": "x"}\n', encoding="utf-8")
+    places = {"MODEL": model, "TEXT": tmp_path / "text", "LINES": tmp_path / "lines", "OUT": tmp_path / "out"}
+    got = run(*(str(places.get(word, word)) for word in words), "--kv-bits", kv_bits)
+    assert not (tmp_path / "out").exists()
     assert got.code == 2, got.err
     (line,) = lines_of_error(got.err)
     assert what in line
@@ -69,7 +80,8 @@ def test_one_token_more_is_refused(run: Run, model: Path, tmp_path: Path, words:
 @pytest.mark.usefixtures("nothing_computed")
 def test_one_request_of_a_batch_that_is_too_long_is_named(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_text(json.dumps({"id": "long", "prompt": "x" * 65}) + "\n", encoding="utf-8")
-    got = run("generate", "-m", model, "--ctx", "64", "--input", tmp_path / "in", "--output", tmp_path / "out")
+    files = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    got = run("generate", "-m", model, "--ctx", "64", "--kv-bits", "8:4", *files)
     assert got.code == 0  # the file says it, beside the answers to the others
     (line,) = (json.loads(line) for line in (tmp_path / "out").read_text(encoding="utf-8").splitlines())
     assert (line["id"], line["finish_reason"], line["token_ids"]) == ("long", "error", [])
