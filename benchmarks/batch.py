@@ -23,7 +23,7 @@ from typing import Any
 
 from glm4run import LoadedModel, SamplingParams, load_model
 from glm4run.batch_decoding import Job, SharedContexts
-from glm4run.generate import OpenAnswer
+from glm4run.generation import OpenAnswer
 from glm4run.machine import commit, cpu_name
 from glm4run.steps import Timings
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from glm4run.answer import Answer
 from glm4run.constraints import Constraint
 from glm4run.errors import DoesNotFitError, GenerationError, UsageError
-from glm4run.generate import LoadedModel, OpenAnswer
+from glm4run.generate import LoadedModel
+from glm4run.generation import OpenAnswer
 from glm4run.loading import available_bytes
 from glm4run.memory import GIB, MemoryPlan, Run, Term, plan_run
 from glm4run.sampling import SamplingParams

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm4run import generate
+from glm4run import generate, generation
 from glm4run.cli import main
 from glm4run.kv_cache import KVCache
 from tests.scripted import ScriptedModel, with_script
@@ -65,5 +65,5 @@ if __name__ == "__main__":
     wanted = json.loads(Path(sys.argv[1]).read_text())
     generate.load_model = scripted(generate.load_model, wanted)
     if not wanted.get("structured"):
-        vars(generate)["has_engine"] = lambda: False
+        vars(generation)["has_engine"] = lambda: False
     main(["chat", *sys.argv[2:]])

@@ -197,7 +197,7 @@ def _keep_prompts(loaded: LoadedModel) -> None:
 
 
 def _say_how_it_ended(answer: Answer) -> None:
-    from glm4run.generate import COMPLETE
+    from glm4run.generation import COMPLETE
 
     timings = answer.timings.as_json(0.0)
     is_whole = answer.constraint is not None and answer.stopped_by == COMPLETE

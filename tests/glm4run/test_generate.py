@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm4run import LoadedModel, SamplingParams, generate, load_model
+from glm4run import LoadedModel, SamplingParams, load_model, ready_model
 from glm4run.answer import collect
 from glm4run.chat_format import Message, encode_chat
 from glm4run.dialects import DIALECTS
@@ -232,7 +232,7 @@ def test_logits_without_room_are_refused_before_they_are_computed(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, scripted = with_script(tiny, "")
-    monkeypatch.setattr(generate, "available_bytes", lambda device: 4 * VOCAB * 100)
+    monkeypatch.setattr(ready_model, "available_bytes", lambda device: 4 * VOCAB * 100)
     with pytest.raises(DoesNotFitError, match="logits of 200 positions"):
         model.logits([1] * 200)
     assert scripted.fed == []

@@ -358,7 +358,7 @@ def test_tool_calls_and_observations_are_the_dialects_own(tmp_path: Path, dialec
 
 def test_two_hundred_dialogues_no_false_call_and_no_missed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of all kinds that a model gives; which of them are calls is known from how they were made."""
-    monkeypatch.setattr("glm4run.generate.has_engine", lambda: False)  # arguments as the model writes them
+    monkeypatch.setattr("glm4run.generation.has_engine", lambda: False)  # arguments as the model writes them
     random = Random(7)
     folder = write_checkpoint(tmp_path, dialect="chat-2024", max_position_embeddings=4096)
     loaded = load_model(folder, dtype="fp32", context_len=4096)

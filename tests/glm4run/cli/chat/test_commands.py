@@ -312,13 +312,13 @@ def test_kill_in_the_middle_of_an_answer_then_resume(tmp_path: Path, chat: Run) 
     """The demo, with a real cache: after kill -9 the first answer is there, with its cache; the second is lost."""
     script = tmp_path / "slow.py"
     script.write_text(  # an answer that takes for ever, so that the kill is in the middle of it
-        "import time\nfrom glm4run import generate\nfrom glm4run.cli import main\n"
-        "decode, prefill = generate._Generation._decode, generate._Generation.prefill\nanswers = tokens = 0\n"
+        "import time\nfrom glm4run import generation\nfrom glm4run.cli import main\n"
+        "decode, prefill = generation.Generation._decode, generation.Generation.prefill\nanswers = tokens = 0\n"
         "def begin(self, *words, **named):\n    global answers\n    answers += 1\n"
         "    return prefill(self, *words, **named)\n"
         "def slow(self, *words):\n    global tokens\n    tokens += answers > 1\n"
         "    time.sleep(600 if tokens > 8 else 0)\n    return decode(self, *words)\n"
-        "generate._Generation._decode, generate._Generation.prefill = slow, begin\n"
+        "generation.Generation._decode, generation.Generation.prefill = slow, begin\n"
         f"main(['chat', {str(demo_folder())!r}, '--save', 'mine', '--dtype', 'fp32'])\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'quantize'}", "OMP_NUM_THREADS": "1"}
