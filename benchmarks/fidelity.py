@@ -45,7 +45,8 @@ def _rows() -> dict[str, dict[str, Any]]:
         for method in ("rtn", "mse", "hqq", "awq", "gptq"):
             rows[f"{method}-int4-g{size}"] = {"method": method, "group_size": size}
     rows["gptq-int4-g32-built-in"] = {"method": "gptq", "group_size": 32, "calibration": BUILT_IN}
-    rows["gptq-mixed-5.5"] = {"method": "gptq", "target_bpw": 5.5}
+    for method in ("mse", "gptq"):
+        rows[f"{method}-mixed-5.5"] = {"method": method, "target_bpw": 5.5}
     rows["rtn-int8-g64"] = {"method": "rtn", "bits": 8, "group_size": 64}
     rows["mse-int8-g64"] = {"method": "mse", "bits": 8, "group_size": 64}
     rows["gptq-int8-g64"] = {"method": "gptq", "bits": 8, "group_size": 64}
