@@ -94,7 +94,9 @@ def fit_recipe(
         scheme = unit.options[unit.taken][0]
         counts[scheme.describe()] = counts.get(scheme.describe(), 0) + unit.weights
     shares = ", ".join(f"{share / weights:.0%} {what}" for what, share in sorted(counts.items()))
-    return recipe_of(name, schemes, config), [f"mixed precision: {8 * used / weights:.3f} bits per weight ({shares})"]
+    cost = sum(unit.options[unit.taken][2] for unit in units)
+    notice = f"mixed precision: {8 * used / weights:.3f} bits per weight ({shares}); predicted KL divergence {cost:.3g}"
+    return recipe_of(name, schemes, config), [f"{notice} by mse, the better methods stay below it"]
 
 
 def spend(units: list[Unit], budget: int) -> None:
