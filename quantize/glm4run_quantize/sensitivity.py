@@ -192,27 +192,25 @@ def _backward(
     run: Layerwise, layer: DecoderLayer, residual: Tensor, gradient: Tensor
 ) -> tuple[dict[str, _Seen], Tensor]:
     """What the linears of a layer saw, by their names in it; and the gradient in front of the layer."""
-    held: dict[str, tuple[Tensor, Tensor]] = {}
+    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for stage in STAGES.values() for name in stage}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            output.retain_grad()
-            held[name] = (inputs[0].detach(), output)
+            output.register_hook(lambda gradient: held[name].append((inputs[0].detach()[0], gradient[0])))
 
         return hook
 
-    names = [name for stage in STAGES.values() for name in stage]
-    hooks = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    x = residual.clone().requires_grad_()
-    layer(x, run.rope, None, torch.float32).backward(gradient)
+    hooks = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in held]
+    before = []
+    for x, behind in zip(residual.split(1), gradient.split(1), strict=True):  # a window at a time: less is alive
+        x = x.clone().requires_grad_()
+        layer(x, run.rope, None, torch.float32).backward(behind)
+        assert x.grad is not None
+        before.append(x.grad)
     for hook in hooks:
         hook.remove()
-    seen = {}
-    for name, (inputs, output) in held.items():
-        assert output.grad is not None
-        seen[name] = _Seen(inputs.flatten(0, 1), output.grad.flatten(0, 1))
-    assert x.grad is not None
-    return seen, x.grad
+    seen = {name: _Seen(*(torch.cat(part) for part in zip(*parts, strict=True))) for name, parts in held.items()}
+    return seen, torch.cat(before)
 
 
 @torch.no_grad()
