@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def _rows() -> dict[str, dict[str, Any]]:
         for method in ("rtn", "mse", "hqq", "awq", "gptq"):
             rows[f"{method}-int4-g{size}"] = {"method": method, "group_size": size}
     rows["gptq-int4-g32-built-in"] = {"method": "gptq", "group_size": 32, "calibration": BUILT_IN}
-    rows["gptq-mixed-5.5"] = {"method": "gptq", "target_bpw": 5.5}
+    for method in ("mse", "gptq"):
+        rows[f"{method}-mixed-5.5"] = {"method": method, "target_bpw": 5.5}
     rows["rtn-int8-g64"] = {"method": "rtn", "bits": 8, "group_size": 64}
     rows["mse-int8-g64"] = {"method": "mse", "bits": 8, "group_size": 64}
     rows["gptq-int8-g64"] = {"method": "gptq", "bits": 8, "group_size": 64}
@@ -64,17 +66,23 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", choices=sorted(ROWS), default=list(ROWS), metavar="NAME")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    raw = args.text.read_bytes()
-    evaluated, calibration = args.work / "evaluated.txt", args.work / "calibration.txt"
-    evaluated.write_bytes(raw[:EVALUATED_BYTES])
-    calibration.write_text(raw[-CALIBRATION_BYTES:].decode("utf-8", errors="ignore"), encoding="utf-8")
+    evaluated, calibration = cut_texts(args.text, args.work)
     bench = Bench(args.source, args.work, evaluated, calibration, args.windows, args.calibration_tokens)
     results = [bench.row(name) for name in args.rows]
     facts = {"machine": cpu_name(), "commit": commit(), "windows": args.windows, "rows": results}
     if args.output is not None:
         args.output.write_text(json.dumps(facts, indent=2) + "\n")
     print(table(results))
+
+
+def cut_texts(text: Path, work: Path) -> tuple[Path, Path]:
+    """The files of what is evaluated and of what is calibrated on, made in `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    raw = text.read_bytes()
+    evaluated, calibration = work / "evaluated.txt", work / "calibration.txt"
+    evaluated.write_bytes(raw[:EVALUATED_BYTES])
+    calibration.write_text(raw[-CALIBRATION_BYTES:].decode("utf-8", errors="ignore"), encoding="utf-8")
+    return evaluated, calibration
 
 
 @dataclasses.dataclass
@@ -111,13 +119,18 @@ class Bench:
         if not folder.is_dir():
             quantize_checkpoint(self.source, folder, head_bits=16, **options)
         record = json.loads((folder / "glm4run.json").read_text())
-        started = time.monotonic()
-        measured = compare(dense(folder), self.reference(), read_text(self.evaluated), self.cut).as_report()
-        row = {"name": name, "bits_per_weight": record["bits_per_weight"], "method": record["method"]}
-        row |= {k: measured[k] for k in ("kl_mean", "kl_p99", "same_top1", "perplexity", "reference_perplexity")}
+        row = self.measure(name, record["bits_per_weight"], record["method"], dense(folder))
         row["held_out"] = record.get("calibration", {}).get("held_out", {}).get("kl_mean")
-        print(json.dumps(row), f"{time.monotonic() - started:.0f} s", flush=True)
         kept.write_text(json.dumps(row))
+        return row
+
+    def measure(self, name: str, bits_per_weight: float, method: str, model: LoadedModel) -> dict[str, Any]:
+        """The figures of a dense model, as a row."""
+        started = time.monotonic()
+        measured = compare(model, self.reference(), read_text(self.evaluated), self.cut).as_report()
+        row: dict[str, Any] = {"name": name, "bits_per_weight": bits_per_weight, "method": method}
+        row |= {k: measured[k] for k in ("kl_mean", "kl_p99", "same_top1", "perplexity", "reference_perplexity")}
+        print(json.dumps(row), f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         return row
 
     def reference(self) -> SavedReference:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""llama.cpp's side of `versus_llama_cpp.py`: makes the model file, then answers timing requests.
+"""llama.cpp's side of `versus_llama_cpp.py` and `fidelity_llama_cpp.py`, in an environment of its own.
 
     python benchmarks/llama_cpp_peer.py write --type q4_0|q8_0 -o FILE.gguf [--layers N]
     python benchmarks/llama_cpp_peer.py serve FILE.gguf [--ctx 4096] [--threads N] [--no-mmap]
+    python benchmarks/llama_cpp_peer.py quantize FILE.gguf --type Q4_K_M -o FILE.gguf [--importance FILE.npz]
 
 It runs in an environment of its own, with `llama-cpp-python` built for this CPU and `gguf`; it imports nothing of
 glm4run.
@@ -16,6 +17,10 @@ The command prints the figure of the file that it wrote.
 `{"test": "prefill"|"decode", "tokens": N, "depth": D}`, with `{"seconds": S, "tokens": N}`: the cache is cut or
 filled to D positions untimed, then N positions are evaluated as llama-bench does, in batches (prefill) or one by one
 after a first one, with the logits computed for each (decode), and no sampling.
+
+`quantize` is llama.cpp's own quantizer through the C interface that its `llama-quantize` uses, with embedding and head
+left in float32. The importance matrix holds an array per tensor of the file: the mean square of each input channel, the
+quotient of the sums and counts that `llama-imatrix` collects.
 """
 
 from __future__ import annotations
@@ -69,8 +74,15 @@ def main() -> None:
     serve_parser.add_argument("--ctx", type=int, default=4096)
     serve_parser.add_argument("--threads", type=int, default=os.cpu_count())
     serve_parser.add_argument("--no-mmap", action="store_true", help="read the weights into memory of our own")
+    quantize_parser = commands.add_parser("quantize", help="quantize a GGUF by llama.cpp")
+    quantize_parser.add_argument("file", type=Path)
+    quantize_parser.add_argument("--type", required=True, help="as llama-quantize names it: Q4_0, IQ4_NL, Q4_K_M")
+    quantize_parser.add_argument("-o", "--output", type=Path, required=True)
+    quantize_parser.add_argument("--importance", type=Path, help="an .npz of a float32 array per tensor")
     args = parser.parse_args()
-    if args.command == "write":
+    if args.command == "quantize":
+        quantize(args.file, args.output, args.type, args.importance)
+    elif args.command == "write":
         write_model(args.output, args.type, args.layers)
         print(f"{args.output}: {args.output.stat().st_size:,} bytes, {weight_bytes(args.output):,} per decoded token")
     else:
@@ -279,6 +291,29 @@ class LlamaCpp:
 
     def _fail(self, message: str) -> None:
         sys.exit("".join(self.log) + message)
+
+
+# --- quantize -------------------------------------------------------------------------------------------------------
+
+
+def quantize(source: Path, output: Path, kind: str, importance: Path | None) -> None:
+    """Quantizes all but embedding and head to llama.cpp's `kind`."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = gguf.LlamaFileType[f"MOSTLY_{kind}"]
+    params.token_embedding_type = params.output_tensor_type = Quant.F32
+    arrays = {} if importance is None else dict(np.load(importance))
+    pointer = ctypes.POINTER(ctypes.c_float)
+    entries = [
+        llama_cpp.llama_model_imatrix_data(name.encode(), array.ctypes.data_as(pointer), array.size)
+        for name, array in arrays.items()
+    ]
+    if entries:  # an entry without a name ends the list
+        entries.append(llama_cpp.llama_model_imatrix_data())
+        params.imatrix = (llama_cpp.llama_model_imatrix_data * len(entries))(*entries)
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params)):
+        sys.exit(f"llama.cpp cannot quantize {source} to {kind}")
 
 
 def _say(answer: dict[str, Any]) -> None:

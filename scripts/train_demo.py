@@ -194,8 +194,13 @@ class FakeQuantize(nn.Module):
         return straight_through
 
 
-def train(model: Glm4Model, tokenizer: Tokenizer, seconds: float, steps: int | None) -> None:
-    """AdamW with warm-up and a linear fall to zero over the time (or the steps) given."""
+def train(
+    model: Glm4Model, tokenizer: Tokenizer, seconds: float, steps: int | None, *, rounded_from: float = 0.7
+) -> None:
+    """AdamW with warm-up and a linear fall to zero over the time (or the steps) given.
+
+    From the share `rounded_from` of it on the linears see their weights rounded; never where it is 1.
+    """
     decayed = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -206,7 +211,7 @@ def train(model: Glm4Model, tokenizer: Tokenizer, seconds: float, steps: int | N
         done = step / steps if steps else (time.monotonic() - started) / seconds
         if done >= 1:
             break
-        if done > 0.7 and not rounded:
+        if done > rounded_from and not rounded:
             rounded = True
             add_fake_quantization(model)
             print("from here on the linears see their packed weights", flush=True)

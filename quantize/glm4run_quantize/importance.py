@@ -21,11 +21,15 @@ WINDOWS, TOKENS = 2, 256
 
 
 class InputMoments:
-    """Means of the squares of what each linear is fed with. Holds one layer of the source at a time, in float32."""
+    """Means of the squares of what each linear is fed with. Holds one layer of the source at a time, in float32.
 
-    def __init__(self, reader: CheckpointReader, config: ModelConfig) -> None:
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, config.vocab_size, (WINDOWS, TOKENS), generator=draw)
+    `ids` [W, T] are the tokens that go through the model; random ones where none are given.
+    """
+
+    def __init__(self, reader: CheckpointReader, config: ModelConfig, ids: Tensor | None = None) -> None:
+        if ids is None:
+            draw = torch.Generator().manual_seed(0)
+            ids = torch.randint(0, config.vocab_size, (WINDOWS, TOKENS), generator=draw)
         calibration = Calibration("random tokens", "", ids, held_out=0)
         self._reader = reader
         self._layers = config.num_hidden_layers
@@ -53,7 +57,7 @@ class InputMoments:
         run.source = run.forward(run.layer(index, self._reader.read), run.source, visit)
         for stage, names in STAGES.items():
             for name in names:
-                self._found[f"model.layers.{index}.{name}"] = sums[stage] / (WINDOWS * TOKENS)
+                self._found[f"model.layers.{index}.{name}"] = sums[stage] / run.calibration.ids.numel()
         self._next = index + 1
 
     def _embedded(self, ids: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Layerwise:
         streams = [s.flatten(0, 1) for s in (self.source[self.fitted :], self.ours[self.fitted :], self.rounded)]
         for first in range(0, streams[0].shape[0], HEAD_TOKENS):
             exact, *others = (
-                _log_probabilities(Ops().rms_norm(s[first : first + HEAD_TOKENS], norm, eps), head) for s in streams
+                log_probabilities(Ops().rms_norm(s[first : first + HEAD_TOKENS], norm, eps), head) for s in streams
             )
             for i, other in enumerate(others):
                 totals[i] += float((exact.exp() * (exact - other)).sum(dtype=torch.float64))
@@ -353,7 +353,7 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return off / max(float(expected.square().sum(dtype=torch.float64)), 1e-30)
 
 
-def _log_probabilities(x: Tensor, head: Tensor) -> Tensor:
+def log_probabilities(x: Tensor, head: Tensor) -> Tensor:
     """x [T, hidden] to [T, V], with a few rows of the head in float32 at a time."""
     parts = [x @ head[at : at + HEAD_ROWS].float().t() for at in range(0, head.shape[0], HEAD_ROWS)]
     return torch.cat(parts, dim=-1).log_softmax(-1)

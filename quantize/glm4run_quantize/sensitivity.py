@@ -1,40 +1,50 @@
-"""Mixed precision: bits and group size per linear, from what rounding each one does to the residual behind its layer.
+"""Mixed precision: bits and group size per linear, from what rounding each one does to the model's predictions.
 
-A few calibration windows go through the source, layer by layer. In each layer every group of linears that must share
-a scheme is rounded alone, to int4 at g32, and the change of the layer's output is measured, relative to the residual.
-What the other schemes would do follows from their errors in the weights, which is what the change is proportional to.
-Then bits are given out one step at a time, each where a bit removes most of the measured change.
+A few calibration windows go through the source forward, and the gradient of a drawn next token's log-likelihood goes
+back through it, layer by layer. Rounding a linear changes its output at token t by d_t; where g_t is the gradient
+there, the predictions move by half of sum over t of (g_t . d_t)^2, in nats of KL divergence: the second-order term, in
+which g g^T stands for the Fisher information, and what rounding does to different tokens for unrelated. Source of the
+measure: "Optimal Brain Damage" (LeCun and others, 1990), with the Fisher information for the Hessian; a token drawn
+from the model's own prediction gives it without labels. Each linear is rounded to int4 at g32; what other schemes
+would cost follows from their errors in the weights, which is what the cost is proportional to. Then bits are given
+out one step at a time, each where a bit removes most of the measured cost.
+
+A change of the residual, relative to it, would not do: a few tokens' residuals are a thousand times as large as the
+others in the middle of many models, so that whole layers look as if they did not matter.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.checkpoint.safetensors_index import DTYPE_BYTES
 from glm4run.config import ModelConfig
 from glm4run.errors import UsageError
+from glm4run.model import DecoderLayer
+from glm4run.ops import Ops
 from glm4run.qformat import GROUP_SIZES, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.calibration import Calibration
-from glm4run_quantize.layerwise import STAGES, Layerwise, linear_of
+from glm4run_quantize.layerwise import HEAD_ROWS, HEAD_TOKENS, STAGES, Layerwise, linear_of, log_probabilities
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.recipes import HEAD, Recipe, recipe_of
 
 BASE = QuantScheme(4, 32)
 LADDER = (QuantScheme(4, 128), QuantScheme(4, 64), QuantScheme(4, 32), QuantScheme(8, 128), QuantScheme(8, 32))
 WINDOWS = 4
-SAMPLE_ROWS = 1024  # of each linear, on which the errors of the schemes are compared
+SAMPLE_ROWS = 256  # of each linear, on which the errors of the schemes are compared
 
 
 @dataclass
 class Unit:
-    """Linears that share a scheme, and what each scheme costs them: bytes, and change of the layer's output."""
+    """Linears that share a scheme, and what each scheme costs them: bytes, and KL divergence."""
 
     modules: tuple[str, ...]
     weights: int
@@ -84,7 +94,9 @@ def fit_recipe(
         scheme = unit.options[unit.taken][0]
         counts[scheme.describe()] = counts.get(scheme.describe(), 0) + unit.weights
     shares = ", ".join(f"{share / weights:.0%} {what}" for what, share in sorted(counts.items()))
-    return recipe_of(name, schemes, config), [f"mixed precision: {8 * used / weights:.3f} bits per weight ({shares})"]
+    cost = sum(unit.options[unit.taken][2] for unit in units)
+    notice = f"mixed precision: {8 * used / weights:.3f} bits per weight ({shares}); predicted KL divergence {cost:.3g}"
+    return recipe_of(name, schemes, config), [f"{notice} by mse, the better methods stay below it"]
 
 
 def spend(units: list[Unit], budget: int) -> None:
@@ -124,44 +136,113 @@ def spend(units: list[Unit], budget: int) -> None:
         offer(number)
 
 
-@torch.no_grad()
 def measure_units(reader: CheckpointReader, config: ModelConfig, calibration: Calibration) -> list[Unit]:
     """Every unit of the model with what its schemes cost, in the order of the model."""
     few = replace(calibration, ids=calibration.ids[:WINDOWS], held_out=0)
     run = Layerwise(reader, config, {}, "rtn", few, torch.bfloat16, torch.device("cpu"))
     run.embed()
-    units = []
+    residuals = []  # in front of each layer
     for index in range(config.num_hidden_layers):
+        residuals.append(run.source)
+        with torch.no_grad():
+            run.source = run.forward(run.layer(index, reader.read), run.source)
+    gradient = _gradient_of_draws(run)
+    units: list[Unit] = []
+    for index in reversed(range(config.num_hidden_layers)):
         layer = run.layer(index, reader.read)
-        before = run.source
-        exact = run.forward(layer, before)
-        size = float(exact.square().sum(dtype=torch.float64))
-        for names in STAGES.values():
-            modules = tuple(f"model.layers.{index}.{name}" for name in names)
-            weights = [linear_of(layer, module).weight for module in modules]
-            kept = [weight.clone() for weight in weights]
-            fitting = [s for s in LADDER if weights[0].shape[1] % (s.group_size or 1) == 0]
-            for weight in weights:
-                weight.copy_(scale_groups(*quantize_mse(weight, BASE, torch.bfloat16)))
-            change = float((run.forward(layer, before) - exact).square().sum(dtype=torch.float64)) / size
-            for weight, old in zip(weights, kept, strict=True):
-                weight.copy_(old)
-            base = _weight_error(kept, BASE)
-            unit = Unit(modules, sum(weight.numel() for weight in weights))
-            for scheme in fitting:
-                nbytes = sum(_packed_bytes(weight.shape[0], weight.shape[1], scheme) for weight in weights)
-                unit.options.append((scheme, nbytes, change * _weight_error(kept, scheme) / max(base, 1e-30)))
-            units.append(unit)
-        run.source = exact
+        seen, gradient = _backward(run, layer, residuals.pop(), gradient)
+        units[:0] = [_unit(index, names, layer, seen) for names in STAGES.values()]
+        del seen
     return units
 
 
-def _weight_error(weights: list[Tensor], scheme: QuantScheme) -> float:
+@dataclass(frozen=True)
+class _Seen:
+    """A linear's inputs [T, K], and the gradients [T, N] of the log-likelihood with respect to its outputs."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+def _gradient_of_draws(run: Layerwise) -> Tensor:
+    """Of the log-likelihood of one token drawn at each position, with respect to the residual behind all layers."""
+    norm = run.reader.read("model.norm.weight").float()
+    tied = run.config.tie_word_embeddings
+    head = run.reader.read("model.embed_tokens.weight" if tied else "lm_head.weight")
+    draw = torch.Generator().manual_seed(0)
+    parts = []
+    for x in run.source.flatten(0, 1).split(HEAD_TOKENS):
+        x = x.clone().requires_grad_()
+        normed = Ops().rms_norm(x, norm, run.config.rms_norm_eps)
+        with torch.no_grad():
+            direction = log_probabilities(normed, head).exp_()
+            drawn = torch.multinomial(direction, 1, generator=draw)
+            direction.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))  # of -log p by the logits
+            back = sum(
+                direction[:, at : at + HEAD_ROWS] @ head[at : at + HEAD_ROWS].float()
+                for at in range(0, head.shape[0], HEAD_ROWS)
+            )
+        normed.backward(back)
+        assert x.grad is not None
+        parts.append(x.grad)
+    return torch.cat(parts).view_as(run.source)
+
+
+def _backward(
+    run: Layerwise, layer: DecoderLayer, residual: Tensor, gradient: Tensor
+) -> tuple[dict[str, _Seen], Tensor]:
+    """What the linears of a layer saw, by their names in it; and the gradient in front of the layer."""
+    held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for stage in STAGES.values() for name in stage}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            output.register_hook(lambda gradient: held[name].append((inputs[0].detach()[0], gradient[0])))
+
+        return hook
+
+    hooks = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in held]
+    before = []
+    for x, behind in zip(residual.split(1), gradient.split(1), strict=True):  # a window at a time: less is alive
+        x = x.clone().requires_grad_()
+        layer(x, run.rope, None, torch.float32).backward(behind)
+        assert x.grad is not None
+        before.append(x.grad)
+    for hook in hooks:
+        hook.remove()
+    seen = {name: _Seen(*(torch.cat(part) for part in zip(*parts, strict=True))) for name, parts in held.items()}
+    return seen, torch.cat(before)
+
+
+@torch.no_grad()
+def _unit(index: int, names: tuple[str, ...], layer: DecoderLayer, seen: dict[str, _Seen]) -> Unit:
+    """The linears `names` of a layer with what each scheme costs them."""
+    modules = tuple(f"model.layers.{index}.{name}" for name in names)
+    weights = [linear_of(layer, module).weight for module in modules]
+    moments = seen[names[0]].inputs.square().mean(0)  # they share their inputs
+    change = torch.zeros(seen[names[0]].inputs.shape[0])
+    for name, weight in zip(names, weights, strict=True):
+        error = weight - scale_groups(*quantize_mse(weight, BASE, torch.bfloat16, moments))
+        change += ((seen[name].inputs @ error.t()) * seen[name].gradients).sum(-1)
+    tokens = seen[names[0]].inputs.shape[0]
+    cost = float(change.square().sum(dtype=torch.float64)) / (2 * tokens)
+    base = _weight_error(weights, BASE, moments)
+    unit = Unit(modules, sum(weight.numel() for weight in weights))
+    for scheme in LADDER:
+        if weights[0].shape[1] % (scheme.group_size or 1) == 0:
+            nbytes = sum(_packed_bytes(weight.shape[0], weight.shape[1], scheme) for weight in weights)
+            share = _weight_error(weights, scheme, moments) / max(base, 1e-30)
+            unit.options.append((scheme, nbytes, cost * share))
+    return unit
+
+
+def _weight_error(weights: list[Tensor], scheme: QuantScheme, moments: Tensor) -> float:
+    """What rounding changes in the outputs, with inputs that are unrelated to each other: on a sample of the rows."""
     total = 0.0
     for weight in weights:
         rows = weight[:: max(1, weight.shape[0] // SAMPLE_ROWS)]
-        restored = scale_groups(*quantize_mse(rows, scheme, torch.bfloat16))
-        total += float((rows - restored).square().sum(dtype=torch.float64)) * weight.shape[0] / rows.shape[0]
+        restored = scale_groups(*quantize_mse(rows, scheme, torch.bfloat16, moments))
+        error = float(((rows - restored).square() @ moments).sum(dtype=torch.float64))
+        total += error * weight.shape[0] / rows.shape[0]
     return total
 
 

@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""The methods of `quantize` on the demo model with weights that were never rounded, on text of its own kind.
+
+    python benchmarks/fidelity_demo.py --work DIR [--steps 100] [--rows NAME...] [-o JSON]
+
+The demo ships packed, and the last part of its training saw rounded weights. So its training goes on from there
+without any rounding, by so many steps of `scripts/train_demo.py`; Adam moves each weight by many times a step of the
+grid. What that gives is the source. It is packed by each method and measured as `fidelity.py` does, on conversations
+that neither training nor calibration has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from fidelity import ROWS, Bench, dense, table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import demo_corpus  # noqa: E402
+import train_demo  # noqa: E402
+from glm4run.machine import commit, cpu_name  # noqa: E402
+from glm4run.tokenizer import load_tokenizer  # noqa: E402
+
+DEMO = ROOT / "models" / "demo"
+WINDOWS, CALIBRATION_TOKENS = 32, 32768
+EVALUATED_SEED, CALIBRATION_SEED = 101, 102  # training draws its conversations from seed 2
+EVALUATED_BYTES, CALIBRATION_BYTES = 120_000, 240_000
+NAMES = [f"{method}-int4-g{size}" for size in (32, 64) for method in ("rtn", "mse", "hqq", "awq", "gptq")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", nargs="*", choices=sorted(ROWS), default=NAMES, metavar="NAME")
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    source = train_on(args.work / f"source-{args.steps}", args.steps)
+    evaluated = write_text(args.work / "evaluated.txt", EVALUATED_SEED, EVALUATED_BYTES)
+    calibration = write_text(args.work / "calibration.txt", CALIBRATION_SEED, CALIBRATION_BYTES)
+    bench = Bench(source, args.work, evaluated, calibration, WINDOWS, CALIBRATION_TOKENS)
+    results = [bench.row(name) for name in args.rows]
+    facts = {"machine": cpu_name(), "commit": commit(), "steps": args.steps, "rows": results}
+    if args.output is not None:
+        args.output.write_text(json.dumps(facts, indent=2) + "\n")
+    print(table(results))
+
+
+def train_on(folder: Path, steps: int) -> Path:
+    """The demo in bf16 behind `steps` more steps of its training, without rounding; made once."""
+    if not (folder / "model.safetensors").is_file():
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.model").write_bytes((DEMO / "tokenizer.model").read_bytes())
+        tokenizer = load_tokenizer(folder)
+        train_demo.write_configs(folder, tokenizer)
+        (folder / "chat_template.jinja").write_bytes((DEMO / "chat_template.jinja").read_bytes())
+        model = dense(DEMO).model.requires_grad_(True)
+        torch.manual_seed(0)
+        train_demo.train(model, tokenizer, 0.0, steps, rounded_from=1.0)
+        train_demo.save(model, folder)
+    return folder
+
+
+def write_text(path: Path, seed: int, nbytes: int) -> Path:
+    """Conversations as plain text, of so many bytes at least."""
+    text: list[str] = []
+    size = 0
+    for turns in demo_corpus.conversations(seed=seed):
+        text += [content for _, content in turns] + [""]
+        size += sum(len(content.encode()) + 1 for _, content in turns)
+        if size >= nbytes:
+            break
+    path.write_text("\n".join(text), encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()
