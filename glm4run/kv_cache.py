@@ -44,7 +44,7 @@ class KVCache:
         def rows(bits: int, offset: Tensor | None = None) -> KVRows:
             return new_rows(heads, capacity, width, bits, dtype=dtype, device=device, offset=offset)
 
-        offsets = key_offsets or [None] * config.num_hidden_layers
+        offsets: Sequence[Tensor | None] = key_offsets or [None] * config.num_hidden_layers
         self.layers = [KVLayer(rows(kv_format.key_bits, offset), rows(kv_format.value_bits)) for offset in offsets]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def test_attention_does_not_see_what_was_taken_off(kv_bits: str) -> None:
         cache.append(0, key, value)
         found = [ops.attend(query, cache.layers[0], 90) for ops in (Ops(), choose_ops("auto"))]
         if offsets:  # the library's queries have 15 bits, which scores of hundreds show
-            assert torch.allclose(*found, atol=5e-3)
+            assert torch.allclose(found[0], found[1], atol=5e-3)
         errors.append(float((found[0] - exact).square().mean().sqrt()))
         read = cache.layers[0].keys.read(90)
         assert float((read - key).abs().max()) < (0.2 if offsets and kv_bits == "8" else 1.0 if offsets else 40.0)
