@@ -4,9 +4,11 @@
     python benchmarks/kv_schemes.py MODEL --text FILE [--tokens 1024] [--schemes NAME ...] [--key-outliers 60]
 
 Computed in float32 with exact activations, so that nothing but the cache differs; the second half of one window is
-scored. `--key-outliers SIZE` first adds a random bias to 6 channels of every layer's keys, of the reference's too, as
-models with biased keys have them. `channels` quantizes each channel of keys over blocks of 32 tokens: it cannot forget
-a token exactly, and is here as a bound. JSON on stdout, a line a scheme on stderr.
+scored. `--key-outliers SIZE` first adds a random bias to channels of every layer's keys, of the reference's too, as
+models with biased keys have them: to 6 channels anywhere, or with `--slow` to the 6 of each head that RoPE turns least.
+"less the bias" leaves out what a bias adds to all keys alike, as the product does (`key_offset.py`). `channels`
+quantizes each channel of keys over blocks of 32 tokens: it cannot forget a token exactly, and is here as a bound.
+JSON on stdout, a line a scheme on stderr.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from glm4run import load_model
 from glm4run.generate import LoadedModel
+from glm4run.key_offset import key_offsets
 from glm4run.kv_rows import KVLayer, turn
 from glm4run.model import DecoderLayer
 from glm4run.ops import Ops
@@ -77,8 +80,13 @@ SCHEMES: dict[str, tuple[Rounding, Rounding]] = {
     "4 bits (--kv-bits 4)": (FOUR, FOUR),
     "keys 8, rows not turned": (symmetric(8, 128), unchanged),
     "keys 8, turned": (EIGHT, unchanged),
+    "keys 8, turned, less the bias": (EIGHT, unchanged),
     "keys 4 g32, not turned": (asymmetric(4, 32), unchanged),
     "keys 4 g32, turned": (FOUR, unchanged),
+    "keys 4 g32, turned, less the bias": (FOUR, unchanged),
+    "keys 4 g16, turned, less the bias": (turned(asymmetric(4, 16)), unchanged),
+    "keys 5 g32, turned, less the bias": (turned(asymmetric(5, 32)), unchanged),
+    "keys 6 g32, turned, less the bias": (turned(asymmetric(6, 32)), unchanged),
     "keys 4 g16, turned": (turned(asymmetric(4, 16)), unchanged),
     "keys 4 g16 symmetric, turned": (turned(symmetric(4, 16)), unchanged),
     "keys 4, channels over 32 tokens": (channels(4, 32), unchanged),
@@ -90,33 +98,45 @@ SCHEMES: dict[str, tuple[Rounding, Rounding]] = {
 class Rounded(Ops):
     """Torch's operations over a cache of floats that hold what a scheme would give back."""
 
-    def __init__(self, scheme: tuple[Rounding, Rounding]) -> None:
+    def __init__(self, scheme: tuple[Rounding, Rounding], offset: Tensor | None = None) -> None:
         self.scheme = scheme
+        self.offset = torch.zeros(1) if offset is None else offset[:, None]
 
     def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
-        super().append(cache, start, self.scheme[0](key.float()), self.scheme[1](value.float()))
+        kept = self.scheme[0](key.float() - self.offset) + self.offset
+        super().append(cache, start, kept, self.scheme[1](value.float()))
 
 
 def layers(model: LoadedModel) -> list[DecoderLayer]:
     return [layer for layer in model.model.model.layers if isinstance(layer, DecoderLayer)]
 
 
-def add_outliers(model: LoadedModel, size: float) -> None:
+def add_outliers(model: LoadedModel, size: float, *, slow: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     width = model.config.num_key_value_heads * model.config.head_dim
     for layer in layers(model):
         bias = torch.zeros(width)
-        bias[torch.randperm(width, generator=generator)[:OUTLIER_CHANNELS]] = (
-            torch.randn(OUTLIER_CHANNELS, generator=generator) * size
-        )
+        heads = bias.unflatten(0, (-1, model.config.head_dim))
+        if slow:
+            last = model.config.rotary_dim
+            heads[:, last - OUTLIER_CHANNELS : last] = (
+                torch.randn(len(heads), OUTLIER_CHANNELS, generator=generator) * size
+            )
+        else:
+            bias[torch.randperm(width, generator=generator)[:OUTLIER_CHANNELS]] = (
+                torch.randn(OUTLIER_CHANNELS, generator=generator) * size
+            )
         projection = layer.self_attn.k_proj
         before = torch.zeros(width) if projection.bias is None else projection.bias.float()
         projection.bias = torch.nn.Parameter(before + bias, requires_grad=False)
 
 
-def hidden_states(model: LoadedModel, ids: list[int], scheme: tuple[Rounding, Rounding]) -> Tensor:
-    for layer in layers(model):
-        layer.self_attn.ops = Rounded(scheme)
+def hidden_states(
+    model: LoadedModel, ids: list[int], scheme: tuple[Rounding, Rounding], *, less_bias: bool = False
+) -> Tensor:
+    offsets = key_offsets(model.model) if less_bias else []
+    for number, layer in enumerate(layers(model)):
+        layer.self_attn.ops = Rounded(scheme, offsets[number] if offsets else None)
     cache = model.new_context().cache
     parts = [model.model.hidden_states(torch.tensor(ids[i : i + CHUNK]), cache) for i in range(0, len(ids), CHUNK)]
     return torch.cat(parts)[len(ids) // 2 :]
@@ -129,27 +149,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), metavar="NAME")
     parser.add_argument("--key-outliers", type=float, default=0.0)
+    parser.add_argument("--slow", action="store_true", help="outliers where RoPE turns least")
     args = parser.parse_args()
     model = load_model(args.model, dtype="fp32", activations="bf16", context_len=args.tokens)
     model.model.stack = None
     if args.key_outliers:
-        add_outliers(model, args.key_outliers)
+        add_outliers(model, args.key_outliers, slow=args.slow)
     text = args.text.read_text(encoding="utf-8")
     ids = [*model.tokenizer.prefix_ids, *model.tokenizer.encode(text[: 12 * args.tokens])][: args.tokens]
     rows = []
     with torch.inference_mode():
         exact = hidden_states(model, ids, (unchanged, unchanged))
         for name in args.schemes:
-            ours, kl, same = hidden_states(model, ids, SCHEMES[name]), 0.0, 0
+            less_bias = "--kv-bits" in name or "less the bias" in name
+            ours, kl, same = hidden_states(model, ids, SCHEMES[name], less_bias=less_bias), 0.0, 0
             for first in range(0, len(ours), ROWS):
                 p, q = (model.model.lm_head(h[first : first + ROWS]).double().log_softmax(-1) for h in (exact, ours))
                 kl += float((p.exp() * (p - q)).sum())
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
             rows.append({"scheme": name, "kld_mean": kl / len(ours), "same_top1": same / len(ours)})
             print(rows[-1], file=sys.stderr, flush=True)
-    print(
-        json.dumps({"model": model.name, "tokens": len(ids), "key_outliers": args.key_outliers, "rows": rows}, indent=2)
-    )
+    facts = {"model": model.name, "tokens": len(ids), "key_outliers": args.key_outliers, "slow": args.slow}
+    print(json.dumps({**facts, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,13 @@ def of_computation(model: LoadedModel) -> dict[str, str]:
     if packed is None and model.backend != "dense":  # packed while it was loaded
         packed = {"backend": model.backend, "bytes": model.plan.weight_bytes}
     kept = model.memory_run.kv_format
+    offset = f", keys less their bias over {config.max_position_embeddings}" if model.key_offsets else ""
     return {
         "weights": _digest(b"".join(map(_weight_file, sorted(model.folder.glob("*.safetensors"))))),
         "quantization": _digest(json.dumps(packed, sort_keys=True, default=str).encode()),
         "rope": _digest(repr(rope).encode()),
-        "cache": str(model.model.dtype).removeprefix("torch.") + (f", {kept} bits" if kept.is_quantized else ""),
+        "cache": str(model.model.dtype).removeprefix("torch.")
+        + (f", {kept} bits{offset}" if kept.is_quantized else ""),
     }
 
 

@@ -7,12 +7,14 @@ to copy rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from glm4run.config import ModelConfig
 from glm4run.kv_format import KVFormat
-from glm4run.kv_rows import KVLayer, new_rows
+from glm4run.kv_rows import KVLayer, KVRows, new_rows
 
 
 class KVCache:
@@ -30,20 +32,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
+        key_offsets: Sequence[Tensor] = (),
     ) -> None:
+        """`key_offsets`: of each layer float32 [KVH, D], what its keys have in common (`key_offset.py`); none are taken
+        off where there are none."""
         self.capacity = capacity
         self.position = 0
         self.format = kv_format
         heads, width = config.num_key_value_heads, config.head_dim
 
-        def layer() -> KVLayer:
-            keys, values = (
-                new_rows(heads, capacity, width, bits, dtype=dtype, device=device)
-                for bits in (kv_format.key_bits, kv_format.value_bits)
-            )
-            return KVLayer(keys, values)
+        def rows(bits: int, offset: Tensor | None = None) -> KVRows:
+            return new_rows(heads, capacity, width, bits, dtype=dtype, device=device, offset=offset)
 
-        self.layers = [layer() for _ in range(config.num_hidden_layers)]
+        offsets: Sequence[Tensor | None] = key_offsets or [None] * config.num_hidden_layers
+        self.layers = [KVLayer(rows(kv_format.key_bits, offset), rows(kv_format.value_bits)) for offset in offsets]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key and value [KVH, T, D] behind `position`; returns all so far [KVH, position + T, D], as they read.

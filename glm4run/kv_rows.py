@@ -1,16 +1,19 @@
 """How keys and values are kept: rows of one KV head and one position each, as floats or as integers with scales.
 
-The one description that the cache, the kernels and the files share, and the reference for all of them. Knows shapes and
-dtypes; must not know the model.
+The one description that the cache, the kernels and the files share, and the reference for all of them. Knows shapes
+and dtypes; must not know the model.
 
-A quantized row stands for itself alone, so that forgetting a token is forgetting its rows, exactly. It is first turned
-by a Hadamard matrix, which spreads the few large channels that biased keys have over all: scores do not change if the
-queries are turned too, and the weighted sum of values is turned back. Then each group of values gets its own step:
+A quantized row stands for itself alone, so that forgetting a token is forgetting its rows, exactly. What a bias adds
+to all keys of a head alike (`key_offset.py`) is taken off first: it adds the same to every score of a query, and
+softmax does not see it. Then the row is turned by a Hadamard matrix, which spreads the few large channels that are
+left over all: scores do not change if the queries are turned too, and the weighted sum of values is turned back. Each
+group of values gets its own step:
 
     8 bits  x = scale * q           q in -127 .. 127   scale float16
     4 bits  x = minimum + scale * u u in 0 .. 15       scale, minimum float16; even dimensions in bytes' low halves
 
-`docs/quality.md` has what was tried. Sources: arXiv 2404.00456 (turning keys and values), 2402.02750 (keys' outliers).
+`docs/quality.md` has what was tried. Sources: arXiv 2404.00456 (turning keys and values), 2402.02750 (keys'
+outliers).
 """
 
 from __future__ import annotations
@@ -31,12 +34,13 @@ class KVRows:
     """Keys, or values, of one layer and one sequence.
 
     data: [KVH, S, D] floats (16 bits) or int8 (8 bits); uint8 [KVH, S, D / 2] (4 bits). scales: float16
-    [KVH, S, groups * SCALES], None for floats.
+    [KVH, S, groups * SCALES], None for floats. offset: float32 [KVH, D], taken from every row before it is quantized.
     """
 
     data: Tensor
     scales: Tensor | None = None
     bits: int = 16
+    offset: Tensor | None = None
 
     @property
     def head_dim(self) -> int:
@@ -52,15 +56,18 @@ class KVRows:
         if self.scales is None:
             self.data[:, start:end] = rows
         else:
-            self.data[:, start:end], self.scales[:, start:end] = quantize_rows(rows, self.bits)
+            kept = rows if self.offset is None else rows.float() - self.offset[:, None]
+            self.data[:, start:end], self.scales[:, start:end] = quantize_rows(kept, self.bits)
 
     def read(self, end: int) -> Tensor:
         """The first `end` rows [KVH, end, D] as they were written, up to rounding: a view where they are floats."""
         turned = self.turned(end)
-        return turned if self.scales is None else turn(turned)
+        if self.scales is None:
+            return turned
+        return turn(turned) if self.offset is None else turn(turned) + self.offset[:, None]
 
     def turned(self, end: int) -> Tensor:
-        """The same; but quantized rows in float32 as they are kept, turned."""
+        """The same; but quantized rows in float32 as they are kept: turned, and without the offset."""
         if self.scales is None:
             return self.data[:, :end]
         return dequantize_rows(self.data[:, :end], self.scales[:, :end], self.bits)
@@ -84,9 +91,18 @@ class KVLayer:
 
 
 def new_rows(
-    kv_heads: int, capacity: int, head_dim: int, bits: int, *, dtype: torch.dtype, device: torch.device
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    bits: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    offset: Tensor | None = None,
 ) -> KVRows:
     """Room for `capacity` rows. Nothing is touched: a page costs memory only once a token has been written to it.
+
+    `offset` [KVH, D] is taken from rows that are quantized; floats are kept as they are.
 
     Raises:
         UsageError: `bits` is 4 and the head's width is odd.
@@ -101,6 +117,7 @@ def new_rows(
         torch.empty(kv_heads, capacity, width, dtype=kind, device=device),
         torch.empty(kv_heads, capacity, scales, dtype=torch.float16, device=device),
         bits,
+        offset,
     )
 
 

@@ -17,6 +17,7 @@ from glm4run.chat_format import Message, encode_chat
 from glm4run.config import ModelConfig
 from glm4run.dialects import Dialect
 from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.key_offset import key_offsets
 from glm4run.kv_cache import KVCache
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import available_bytes
@@ -98,6 +99,11 @@ class ReadyModel:
             return "its head is not packed for the native library"
         return None
 
+    @cached_property
+    def key_offsets(self) -> list[Tensor]:
+        """What is taken from the keys that a cache of few bits keeps, of each layer; empty where nothing is."""
+        return key_offsets(self.model) if self.memory_run.kv_format.key_bits < 16 else []
+
     @property
     def cut_unit(self) -> int:
         """Where a prompt may be cut in two without a trace: behind any token (1), or behind whole chunks only.
@@ -134,6 +140,7 @@ class ReadyModel:
             dtype=self.model.dtype,
             device=self.device,
             kv_format=self.memory_run.kv_format,
+            key_offsets=self.key_offsets,
         )
         return Context(cache)
 

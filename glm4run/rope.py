@@ -41,6 +41,17 @@ class Rope:
         factor = self.attention_factor
         return (angles.cos() * factor).float().to(device), (angles.sin() * factor).float().to(device)
 
+    def mean_cos_sin(self, count: int) -> tuple[Tensor, Tensor]:
+        """The means of cosine and sine over positions 0 .. count-1: two float32 [1, rotary_dim / 2].
+
+        A pair that turns slowly keeps what it was; of one that turns often nothing is left.
+        """
+        # sum of exp(i p f) = sin(n f / 2) / sin(f / 2) * exp(i (n - 1) f / 2)
+        half = self.inv_freq.double() / 2
+        size = (count * half).sin() / half.sin() / count * self.attention_factor
+        angle = (count - 1) * half
+        return (size * angle.cos()).float()[None], (size * angle.sin()).float()[None]
+
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the leading dimensions of `x` [..., heads, T, D] by `cos`, `sin` [T, R / 2]; returns the same shape.

@@ -273,8 +273,12 @@ def test_odd_heads_are_refused_in_four_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_library_keeps_the_same_bits(isa: str, dtype: torch.dtype) -> None:
     for head_dim, kept in itertools.product((128, 64, 96, 16), QUANTIZED):
-        config = dataclasses.replace(CONFIG, head_dim=head_dim)
-        caches = [KVCache(config, 30, dtype=dtype, device=CPU, kv_format=parse_kv_bits(kept)) for _ in range(2)]
+        config = dataclasses.replace(CONFIG, head_dim=head_dim, num_hidden_layers=1)
+        offsets = [outlier_rows(1, head_dim, seed=2, outlier=25)[:, 0]] if head_dim in (128, 96) else []
+        caches = [
+            KVCache(config, 30, dtype=dtype, device=CPU, kv_format=parse_kv_bits(kept), key_offsets=offsets)
+            for _ in range(2)
+        ]
         key, value = (
             outlier_rows(19, head_dim, seed=seed, outlier=25 * (1 - seed)).to(dtype).transpose(0, 1).contiguous()
             for seed in (0, 1)

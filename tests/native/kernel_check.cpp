@@ -459,7 +459,7 @@ struct KeptRows {
 
     KeptRows(int64_t kv_heads, int64_t capacity, int64_t D, int32_t bits)
         : data(allocate(kv_heads * capacity * D * bits / 8)), scales(allocate(kv_heads * capacity * D / 32 * 4)),
-          rows{data.get(), scales.get(), bits, int32_t(bits == 8 || D % 32 != 0 ? D : 32)} {
+          rows{data.get(), scales.get(), bits, int32_t(bits == 8 || D % 32 != 0 ? D : 32), nullptr} {
         memset(data.get(), 0x77, size_t(kv_heads * capacity * D * bits / 8));
     }
     void decode(int64_t count, int64_t D) {
@@ -552,7 +552,7 @@ void check_callers(Errors& errors) {
             const G4Output output{&weight.w, nullptr, y.data(), 200};
             g4_linear(x.memory.get(), 256, G4_FP32, M, &output, 1);
             std::vector<float> work(size_t(g4_attention_floats(1, heads, heads, D, S)));
-            const G4CacheRows both{rows.memory.get(), nullptr, 16, 0};
+            const G4CacheRows both{rows.memory.get(), nullptr, 16, 0, nullptr};
             const G4Cache cache{both, both, S, G4_FP32};
             g4_attention(x.memory.get(), heads * D, D, G4_FP32, &cache, 1, heads, heads, D, S, work.data(), out.data());
             if (again == 0) {

@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 4  # GLM4RUN_ABI in src/abi.h
+ABI = 5  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -58,7 +58,13 @@ class G4Output(Structure):
 class G4CacheRows(Structure):
     """Keys or values of one layer and one sequence."""
 
-    _fields_ = (("data", c_void_p), ("scales", c_void_p), ("bits", c_int32), ("group", c_int32))
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("offset", c_void_p),
+    )
 
 
 class G4Cache(Structure):

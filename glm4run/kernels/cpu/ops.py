@@ -84,6 +84,7 @@ def _rows_struct(rows: KVRows) -> G4CacheRows:
         scales=rows.scales.data_ptr(),
         bits=rows.bits,
         group=group_of(rows.bits, rows.head_dim),
+        offset=None if rows.offset is None else rows.offset.data_ptr(),
     )
 
 

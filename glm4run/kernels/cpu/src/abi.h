@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 4
+#define GLM4RUN_ABI 5
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
@@ -51,6 +51,7 @@ struct G4CacheRows {
     uint8_t* scales; // of quantized rows; null: floats
     int32_t bits;    // 16 (floats of the cache's dtype, whatever their width), 8 or 4
     int32_t group;   // values of a row that share a scale; heads are then at most 512 wide
+    const float* offset; // [KVH, D], taken from every row before it is quantized; null: nothing
 };
 
 struct G4Cache {

@@ -226,6 +226,7 @@ void append_row(const AppendContext& c, const G4CacheRows& rows, const char* fro
     float wide[MAX_QUANTIZED_HEAD];
     c.kernels->to_float(row, c.dtype, c.head_dim, wide);
     if (head.turned()) {
+        for (int64_t d = 0; rows.offset && d < c.head_dim; d++) wide[d] -= rows.offset[h * c.head_dim + d];
         c.kernels->quantize_row(wide, head, c.position + t);
     } else {
         c.kernels->from_float(wide, c.cache.dtype, c.head_dim, to);
