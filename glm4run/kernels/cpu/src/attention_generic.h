@@ -21,6 +21,21 @@ void turn(float* x, int64_t head_dim) {
     for (int64_t i = 0; i < head_dim; i++) x[i] *= factor;
 }
 
+// The same for 16 rows, lane by lane: x [D][16]. Each becomes the same bits.
+void turn_lanes(float* x, int64_t head_dim) {
+    const int64_t size = power_of_two_in(head_dim);
+    const Float minus = Isa::set1(-1.0f);
+    for (int64_t step = 1; step < size; step *= 2)
+        for (int64_t first = 0; first < head_dim; first += 2 * step)
+            for (int64_t i = first; i < first + step; i++) {
+                const Float a = Isa::load(x + i * LANES), b = Isa::load(x + (i + step) * LANES);
+                Isa::store(x + i * LANES, Isa::add(a, b));
+                Isa::store(x + (i + step) * LANES, Isa::fma(b, minus, a));
+            }
+    const Float factor = Isa::set1(float(1.0 / __builtin_sqrt(double(size))));
+    for (int64_t i = 0; i < head_dim; i++) Isa::store(x + i * LANES, Isa::mul(Isa::load(x + i * LANES), factor));
+}
+
 // (x - shift) * inverse, rounded to the nearest even and kept within low..high; NaN gives 0. The product is rounded
 // before anything is added to it: no fused instruction fits a rounding to integers.
 inline int32_t step_of(float x, float shift, float inverse, float low, float high) {
@@ -96,15 +111,16 @@ void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out)
 //
 //   scores[s][16] = sum over d of K[s][d] * q[d][16]      out[d][16] += sum over s of V[s][d] * weights[s][16]
 
-constexpr int64_t ATTENTION_BLOCK = 32; // positions
+// Rows of floats that are not bf16, or on a machine without its dot products, are widened and met by float arithmetic.
 
 template <int T>
 inline void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
                           float* out) {
     Float sums[T];
-    for (int t = 0; t < T; t++) sums[t] = Isa::load(out + (d + t) * LANES);
+    for (int t = 0; t < T; t++) sums[t] = Isa::zero();
     fma_tile<T>(weights, values + d, 1, head_dim, count, sums);
-    for (int t = 0; t < T; t++) Isa::store(out + (d + t) * LANES, sums[t]);
+    for (int t = 0; t < T; t++)
+        Isa::store(out + (d + t) * LANES, Isa::add(Isa::load(out + (d + t) * LANES), sums[t]));
 }
 
 // Scores of `count` positions, rows [count][D], for one token.
@@ -124,22 +140,129 @@ inline void attend_scores(const float* query, const float* rows, int64_t head_di
     }
 }
 
-// Scores to weights under a maximum that may have grown, for which `out` is scaled down. Source: arXiv 1805.02867.
+// Scores to weights under a maximum that may have grown, for which `out` and `sums` are scaled down. Adds nothing to
+// them. Source: arXiv 1805.02867.
 inline void attend_softmax(float* scores, int64_t head_dim, int64_t count, float* out, float* maxima, float* sums) {
-    const Float highest = Isa::load(maxima);
-    Float block_highest = highest;
-    for (int64_t i = 0; i < count; i++) block_highest = Isa::max(block_highest, Isa::load(scores + i * LANES));
     float shift[LANES], old[LANES];
-    Isa::store(shift, block_highest);
-    Isa::store(old, highest);
-    for (int l = 0; l < LANES; l++) old[l] = exp_of(old[l] - shift[l]);
-    for (int64_t i = 0; i < count * LANES; i++) scores[i] = exp_of(scores[i] - shift[i % LANES]);
-    const Float rescale = Isa::load(old);
-    Float total = Isa::mul(Isa::load(sums), rescale);
-    for (int64_t i = 0; i < count; i++) total = Isa::add(total, Isa::load(scores + i * LANES));
-    for (int64_t d = 0; d < head_dim; d++) Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
-    Isa::store(maxima, block_highest);
-    Isa::store(sums, total);
+    Float highest = Isa::load(maxima);
+    for (int64_t i = 0; i < count; i++) highest = Isa::max(highest, Isa::load(scores + i * LANES));
+    Isa::store(shift, highest);
+    if (memcmp(shift, maxima, sizeof shift) != 0) { // else every factor is exactly 1
+        for (int l = 0; l < LANES; l++) old[l] = exp_of(maxima[l] - shift[l]);
+        const Float rescale = Isa::load(old);
+        Isa::store(sums, Isa::mul(Isa::load(sums), rescale));
+        for (int64_t d = 0; d < head_dim; d++)
+            Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
+        Isa::store(maxima, highest);
+    }
+    for (int64_t i = 0; i < count; i++, scores += LANES)
+        for (int64_t l = 0; l < LANES; l++) scores[l] = exp_of(scores[l] - shift[l]);
+}
+
+// A block's weights are added up before they meet the sum of all blocks, which may be a million times as large as one.
+inline void add_weights(const float* weights, int64_t count, float* sums) {
+    Float total = Isa::zero();
+    for (int64_t i = 0; i < count; i++) total = Isa::add(total, Isa::load(weights + i * LANES));
+    Isa::store(sums, Isa::add(Isa::load(sums), total));
+}
+
+// Brings memory nearer that is read a little later, some lines at a time: arithmetic does not wait for it then.
+struct Ahead {
+    const uint8_t *at, *end;
+
+    Ahead(const CacheRows& cache, int64_t first, int64_t last)
+        : at(cache.data + first * cache.row_bytes()), end(cache.data + last * cache.row_bytes()) {}
+    void step(int64_t lines) {
+        for (; lines > 0 && at < end; lines--, at += 64) Isa::prefetch(at);
+    }
+};
+
+// Over rows of bf16, by an instruction that multiplies pairs of them and adds in float32. Keys are read where they lie,
+// two dimensions a pair; values two positions a pair. What is lost: weights are rounded to bf16, and so are their sums,
+// so that they still add up to 1.
+template <typename I>
+struct Bf16 {
+    // Queries [heads][D] to pairs [D / 2][16][2].
+    static void pack(const AttentionRows& a, int64_t token, uint16_t* out) {
+        const int64_t D = a.keys.head_dim;
+        memset(out, 0, size_t(D * LANES * 2));
+        for (int64_t h = 0; h < a.heads; h++) {
+            const uint16_t* row = static_cast<const uint16_t*>(a.query) + token * a.query_token + h * a.query_head;
+            for (int64_t d = 0; d < D; d += 2) memcpy(out + (d / 2 * LANES + h) * 2, row + d, 4);
+        }
+    }
+
+    template <int T>
+    static inline void score(const uint16_t* query, const uint16_t* rows, int64_t head_dim, Float scale, float* scores) {
+        Float dots[T];
+        for (int t = 0; t < T; t++) dots[t] = Isa::zero();
+        I::template dot_bf16<T>(query, rows, head_dim, 2, head_dim / 2, dots);
+        for (int t = 0; t < T; t++) Isa::store(scores + t * LANES, Isa::mul(dots[t], scale));
+    }
+
+    template <int T>
+    static inline void scores_in(const uint16_t*& rows, const uint16_t* query, int64_t head_dim, int64_t& count, Float scale,
+                                 int64_t lines, Ahead& ahead, float*& scores) {
+        for (; count >= T; count -= T, rows += T * head_dim, scores += T * LANES) {
+            ahead.step(lines * T);
+            score<T>(query, rows, head_dim, scale, scores);
+        }
+        if constexpr (T > 1) scores_in<T / 2>(rows, query, head_dim, count, scale, lines, ahead, scores);
+    }
+
+    // Scores [count][16] of rows [count][D], for one token.
+    static void scores(const uint16_t* query, const uint16_t* rows, int64_t head_dim, int64_t count, float scale,
+                       Ahead& ahead, float* out) {
+        scores_in<8>(rows, query, head_dim, count, Isa::set1(scale), (head_dim * 2 + 63) / 64, ahead, out);
+    }
+
+    // Weights [count][16] to pairs [count / 2][16][2] at the same place; adds what they have become to the sums.
+    static void round_weights(float* weights, int64_t count, float* sums) {
+        uint16_t* pairs = reinterpret_cast<uint16_t*>(weights);
+        Float total = Isa::zero();
+        int64_t s = 0;
+        for (; s + 2 <= count; s += 2) {
+            const Float a = Isa::load(weights + s * LANES), b = Isa::load(weights + (s + 1) * LANES);
+            I::bf16_pairs(a, b, pairs + s * LANES, total);
+        }
+        if (s < count) I::bf16_pairs(Isa::load(weights + s * LANES), Isa::zero(), pairs + s * LANES, total);
+        Isa::store(sums, Isa::add(Isa::load(sums), total));
+    }
+
+    // Values [count][D] to pairs of positions [count / 2][D][2]; of an odd one's last nothing.
+    static void pair_values(const uint16_t* rows, int64_t head_dim, int64_t count, uint16_t* out) {
+        for (int64_t s = 0; s + 2 <= count; s += 2, rows += 2 * head_dim, out += 2 * head_dim)
+            I::side_by_side(rows, rows + head_dim, head_dim, out);
+    }
+
+    template <int T>
+    static inline void weigh(const uint16_t* weights, const uint16_t* values, const uint16_t* single, int64_t head_dim,
+                             int64_t count, float* out) {
+        Float sums[T];
+        for (int t = 0; t < T; t++) sums[t] = Isa::zero();
+        I::template dot_bf16<T>(weights, values, 2, 2 * head_dim, count / 2, sums);
+        if (count % 2 != 0) I::template dot_bf16<T>(weights + (count - 1) * LANES, single, 2, 0, 1, sums);
+        for (int t = 0; t < T; t++) Isa::store(out + t * LANES, Isa::add(Isa::load(out + t * LANES), sums[t]));
+    }
+
+    // out [D][16] += weights times a block of values. An odd number's last row, which the pairs do not have or have
+    // beside one that must not be seen, is paired with zeros at `single` [D][2].
+    static void weigh_all(const uint16_t* weights, const uint16_t* pairs, const uint16_t* rows, int64_t head_dim,
+                          int64_t count, uint16_t* single, Ahead& ahead, float* out) {
+        if (count % 2 != 0) I::side_by_side(rows + (count - 1) * head_dim, nullptr, head_dim, single);
+        int64_t d = 0;
+        for (; d + 8 <= head_dim; d += 8) {
+            ahead.step(count / 4);
+            weigh<8>(weights, pairs + 2 * d, single + 2 * d, head_dim, count, out + d * LANES);
+        }
+        for (; d < head_dim; d++) weigh<1>(weights, pairs + 2 * d, single + 2 * d, head_dim, count, out + d * LANES);
+    }
+};
+
+// Whether rows are met as pairs of bf16.
+template <typename I>
+inline bool in_bf16(const AttentionRows& a, const CacheRows& cache) {
+    return I::BF16_DOTS && a.dtype == G4_BF16 && cache.bits == 16 && cache.dtype == G4_BF16 && cache.head_dim % 2 == 0;
 }
 
 // The same over quantized rows, in pairs of 16-bit integers: the rows' own, and 15 bits of queries and weights, so that
@@ -147,30 +270,22 @@ inline void attend_softmax(float* scores, int64_t head_dim, int64_t count, float
 
 constexpr int64_t MAX_GROUPS = 16; // of a row: heads are at most 512 wide, groups no less than 32 (or a whole row)
 
-// Scales of a block's rows as floats [count][groups]; minima where the rows have them.
+// Scales of a block's rows as floats [count][groups]; minima where the rows have them, each behind its scale.
 struct BlockScales {
-    float scale[ATTENTION_BLOCK * MAX_GROUPS], minimum[ATTENTION_BLOCK * MAX_GROUPS];
-    int64_t groups, group;
+    float numbers[2 * ATTENTION_BLOCK * MAX_GROUPS];
+    int64_t groups, group, each;
     bool four;
 
     BlockScales(const CacheRows& cache, int64_t first, int64_t count)
-        : groups(cache.head_dim / cache.group), group(cache.group), four(cache.bits == 4) {
-        const uint8_t* halves = cache.scales + first * cache.scale_bytes();
-        for (int64_t i = 0; i < count * groups; i++) {
-            scale[i] = half_at(halves, four ? 2 * i : i);
-            minimum[i] = four ? half_at(halves, 2 * i + 1) : 0.0f;
-        }
+        : groups(cache.head_dim / cache.group), group(cache.group), each(cache.bits == 4 ? 2 : 1), four(cache.bits == 4) {
+        to_float(cache.scales + first * cache.scale_bytes(), G4_FP16, count * groups * each, numbers);
     }
+    const float* at(int64_t row, int64_t g) const { return numbers + (row * groups + g) * each; }
 };
 
 // Whether rows can be met as pairs of integers.
 inline bool in_pairs(const CacheRows& cache) {
     return cache.bits != 16 && cache.group % 2 == 0 && cache.head_dim / cache.group <= MAX_GROUPS;
-}
-
-inline void prefetch_rows(const CacheRows& cache, int64_t first, int64_t last) {
-    const uint8_t *at = cache.data + first * cache.row_bytes(), *end = cache.data + last * cache.row_bytes();
-    for (; at < end; at += 64) Isa::prefetch(at);
 }
 
 // Keys as 16-bit integers [count][D].
@@ -209,11 +324,11 @@ inline void widen_values(const CacheRows& cache, int64_t first, int64_t count, i
     }
 }
 
-// Two rows of 16 floats, times `inverse` and rounded, as 16 pairs.
-inline void round_pairs(const float* a, const float* b, const float* inverse, int16_t* out) {
+// Two rows of 16 floats, times `inverse` and rounded, as 16 pairs: the low bits of what the magic number makes of them.
+inline void round_pairs(Float a, Float b, Float inverse, int16_t* out) {
+    const Float magic = Isa::set1(ROUND_MAGIC);
     int32_t words[LANES];
-    for (int64_t l = 0; l < LANES; l++)
-        words[l] = int32_t((uint32_t(nearest(a[l] * inverse[l])) & 0xFFFF) | uint32_t(nearest(b[l] * inverse[l])) << 16);
+    Isa::int_store(words, Isa::low_words(Isa::fma(a, inverse, magic), Isa::fma(b, inverse, magic)));
     memcpy(out, words, sizeof words);
 }
 
@@ -237,24 +352,30 @@ constexpr int64_t INT_QUERY_FLOATS = (1 + MAX_GROUPS) * LANES; // beside the pai
 
 // Turns queries float [D][16] into integers at the same place; `beside` takes their steps and sums.
 inline void round_queries(float* query, const CacheRows& keys, float* beside) {
-    const int64_t D = keys.head_dim;
-    float largest[LANES] = {}, inverse[LANES];
-    for (int64_t d = 0; d < D; d++)
-        for (int64_t l = 0; l < LANES; l++) {
-            const float magnitude = __builtin_fabsf(query[d * LANES + l]);
-            largest[l] = magnitude > largest[l] || magnitude != magnitude ? magnitude : largest[l]; // NaN stays
-        }
+    const int64_t D = keys.head_dim, half = keys.group / 2;
+    const Float minus = Isa::set1(-1.0f);
+    Float most = Isa::zero(), odd = Isa::zero();
+    for (int64_t d = 0; d < D; d++) {
+        const Float x = Isa::load(query + d * LANES);
+        most = Isa::max(most, Isa::max(x, Isa::mul(x, minus)));
+        odd = Isa::fma(x, Isa::zero(), odd); // NaN once anything is not finite
+    }
+    float largest[LANES], inverse[LANES], finite[LANES];
+    Isa::store(largest, most);
+    Isa::store(finite, odd);
     steps_of(largest, beside, inverse);
-    for (int64_t l = 0; l < LANES; l++) beside[l] = largest[l] < 3.0e38f ? beside[l] : float_of(0x7FC00000);
+    for (int64_t l = 0; l < LANES; l++) beside[l] = finite[l] == 0.0f ? beside[l] : float_of(0x7FC00000);
     int16_t* pairs = reinterpret_cast<int16_t*>(query);
-    float* sums = beside + LANES;
-    memset(sums, 0, size_t(D / keys.group * LANES * 4));
+    const Float factor = Isa::load(inverse);
     for (int64_t i = 0; i < D / 2; i++) { // in place: a pair of rows becomes half a row, which lies before it
-        int16_t pair[2 * LANES];
-        round_pairs(query + 2 * i * LANES, query + (2 * i + 1) * LANES, inverse, pair);
-        memcpy(pairs + i * 2 * LANES, pair, sizeof pair);
-        float* sum = sums + 2 * i / keys.group * LANES;
-        for (int64_t l = 0; l < LANES; l++) sum[l] += float(pair[2 * l] + pair[2 * l + 1]);
+        const Float a = Isa::load(query + 2 * i * LANES), b = Isa::load(query + (2 * i + 1) * LANES);
+        round_pairs(a, b, factor, pairs + i * 2 * LANES);
+    }
+    const int16_t ones[2] = {1, 1};
+    for (int64_t g = 0; g < D / keys.group; g++) {
+        Int sum[1] = {Isa::int_set1(0)};
+        Isa::template dot_pairs<1>(pairs + g * half * 2 * LANES, ones, 0, 0, half, sum);
+        Isa::store(beside + (1 + g) * LANES, Isa::to_float(sum[0]));
     }
 }
 
@@ -268,11 +389,10 @@ inline void score_pairs(const IntQueries& q, const BlockScales& k, const int16_t
         for (int t = 0; t < T; t++) sums[t] = Isa::int_set1(0);
         Isa::template dot_pairs<T>(q.pairs + g * k.group * LANES, rows + row * head_dim + g * k.group, head_dim, 2,
                                    k.group / 2, sums);
-        const float *scale = k.scale + row * k.groups + g, *minimum = k.minimum + row * k.groups + g;
         for (int t = 0; t < T; t++) {
-            totals[t] = Isa::fma(Isa::to_float(sums[t]), Isa::set1(scale[t * k.groups]), totals[t]);
-            if (k.four)
-                totals[t] = Isa::fma(Isa::load(q.sums + g * LANES), Isa::set1(minimum[t * k.groups]), totals[t]);
+            const float* scale = k.at(row + t, g);
+            totals[t] = Isa::fma(Isa::to_float(sums[t]), Isa::set1(scale[0]), totals[t]);
+            if (k.four) totals[t] = Isa::fma(Isa::load(q.sums + g * LANES), Isa::set1(scale[1]), totals[t]);
         }
     }
     const Float step = Isa::load(q.step);
@@ -301,18 +421,19 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
         Float most = Isa::zero(), minimum = Isa::zero();
         bool ordered = true;
         for (int64_t s = 0; s < count; s++) {
-            const float scale = v.scale[s * v.groups + g];
+            const float scale = v.at(s, g)[0];
             ordered = ordered && scale < 3.0e38f;
             const Float weight = Isa::load(weights + s * LANES), one = Isa::mul(weight, Isa::set1(scale));
             Isa::store(scaled + s * LANES, one);
             most = Isa::max(most, one);
-            if (v.four) minimum = Isa::fma(weight, Isa::set1(v.minimum[s * v.groups + g]), minimum);
+            if (v.four) minimum = Isa::fma(weight, Isa::set1(v.at(s, g)[1]), minimum);
         }
         memset(scaled + count * LANES, 0, LANES * 4);
         Isa::store(largest, most);
         steps_of(largest, step, inverse);
+        const Float factor = Isa::load(inverse);
         for (int64_t s = 0; s < count; s += 2)
-            round_pairs(scaled + s * LANES, scaled + (s + 1) * LANES, inverse, pairs + s * LANES);
+            round_pairs(Isa::load(scaled + s * LANES), Isa::load(scaled + (s + 1) * LANES), factor, pairs + s * LANES);
         const Float steps = ordered ? Isa::load(step) : Isa::set1(float_of(0x7FC00000));
         const int64_t end = (g + 1) * v.group;
         int64_t d = g * v.group;
@@ -325,34 +446,55 @@ int64_t attend_scratch(int64_t head_dim, int64_t tokens) {
     return tokens * ((head_dim + ATTENTION_BLOCK) * LANES + INT_QUERY_FLOATS) + ATTENTION_BLOCK * head_dim;
 }
 
-// Block by block of positions, which are widened once for all tokens.
-void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
-            float* out) {
+// A token's queries as its keys take them, at `query` [D][16] and beside it. `row` is scratch [D].
+template <typename I>
+void prepare_query(const AttentionRows& a, int64_t token, float* row, float* query, float* beside) {
+    const int64_t D = a.keys.head_dim, element = dtype_bytes(a.dtype);
+    if constexpr (I::BF16_DOTS)
+        if (in_bf16<I>(a, a.keys)) return Bf16<I>::pack(a, token, reinterpret_cast<uint16_t*>(query));
+    memset(query, 0, size_t(D * LANES * 4));
+    for (int64_t h = 0; h < a.heads; h++) {
+        const int64_t at = token * a.query_token + h * a.query_head;
+        to_float(static_cast<const char*>(a.query) + at * element, a.dtype, D, row);
+        for (int64_t d = 0; d < D; d++) query[d * LANES + h] = row[d];
+    }
+    if (a.keys.turned()) turn_lanes(query, D);
+    const Float scale = Isa::set1(a.scale);
+    for (int64_t d = 0; d < D; d++) Isa::store(query + d * LANES, Isa::mul(Isa::load(query + d * LANES), scale));
+    if (in_pairs(a.keys)) round_queries(query, a.keys, beside);
+}
+
+// Block by block of positions, which are prepared once for all tokens.
+template <typename I>
+void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
+                 float* out) {
     constexpr int T = Isa::FMA_TOKENS;
-    const int64_t D = a.keys.head_dim, element = dtype_bytes(a.dtype), each = (D + 2) * LANES;
+    const int64_t D = a.keys.head_dim, each = (D + 2) * LANES;
     const bool int_keys = in_pairs(a.keys), int_values = in_pairs(a.values);
+    const bool bf16_keys = in_bf16<I>(a, a.keys), bf16_values = in_bf16<I>(a, a.values);
     float* rows = scratch;                        // [ATTENTION_BLOCK][D]
     float* queries = rows + ATTENTION_BLOCK * D;  // [tokens][D][16]
     float* scores = queries + tokens * D * LANES; // [tokens][ATTENTION_BLOCK][16]
     float* beside = scores + tokens * ATTENTION_BLOCK * LANES;
     int16_t* words = reinterpret_cast<int16_t*>(rows);
-    memset(queries, 0, size_t(tokens * D * LANES * 4));
     for (int64_t t = 0; t < tokens; t++) {
-        for (int64_t h = 0; h < a.heads; h++) {
-            const int64_t at = (token + t) * a.query_token + h * a.query_head;
-            to_float(static_cast<const char*>(a.query) + at * element, a.dtype, D, rows);
-            if (a.keys.turned()) turn(rows, D);
-            for (int64_t d = 0; d < D; d++) queries[(t * D + d) * LANES + h] = rows[d] * a.scale;
-        }
-        if (int_keys) round_queries(queries + t * D * LANES, a.keys, beside + t * INT_QUERY_FLOATS);
+        prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
         memset(out + t * each, 0, size_t(each * 4));
         Isa::store(out + t * each + D * LANES, Isa::set1(-3.0e38f));
     }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
-        const int64_t count = smaller(ATTENTION_BLOCK, last - s);
+        const int64_t count = smaller(ATTENTION_BLOCK, last - s), next = smaller(s + count + ATTENTION_BLOCK, last);
         const auto seen_by = [&](int64_t t) { return smaller(count, a.seen + token + t - s); };
-        if (int_keys) {
-            prefetch_rows(a.values, s, s + count);
+        Ahead values_ahead(a.values, s, s + count), keys_ahead(a.keys, s + count, next);
+        if (bf16_keys) {
+            if constexpr (I::BF16_DOTS) {
+                const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys.data) + s * D;
+                for (int64_t t = 0; t < tokens; t++)
+                    Bf16<I>::scores(reinterpret_cast<const uint16_t*>(queries + t * D * LANES), keys, D, seen_by(t), a.scale,
+                                    values_ahead, scores + t * ATTENTION_BLOCK * LANES);
+            }
+        } else if (int_keys) {
+            values_ahead.step(count * D);
             widen_keys(a.keys, s, count, words);
             const BlockScales scales(a.keys, s, count);
             for (int64_t t = 0; t < tokens; t++) {
@@ -370,11 +512,26 @@ void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first
         }
         for (int64_t t = 0; t < tokens; t++) {
             if (seen_by(t) <= 0) continue;
-            float* maxima = out + t * each + D * LANES;
-            attend_softmax(scores + t * ATTENTION_BLOCK * LANES, D, seen_by(t), out + t * each, maxima, maxima + LANES);
+            float *mine = scores + t * ATTENTION_BLOCK * LANES, *maxima = out + t * each + D * LANES, *sums = maxima + LANES;
+            attend_softmax(mine, D, seen_by(t), out + t * each, maxima, sums);
+            if constexpr (I::BF16_DOTS)
+                if (bf16_values) Bf16<I>::round_weights(mine, seen_by(t), sums);
+            if (!bf16_values) add_weights(mine, seen_by(t), sums);
+        }
+        if (bf16_values) {
+            if constexpr (I::BF16_DOTS) {
+                const uint16_t* values = reinterpret_cast<const uint16_t*>(a.values.data) + s * D;
+                uint16_t *pairs = reinterpret_cast<uint16_t*>(rows), *single = pairs + ATTENTION_BLOCK * D;
+                Bf16<I>::pair_values(values, D, count, pairs);
+                for (int64_t t = 0; t < tokens; t++)
+                    if (seen_by(t) > 0)
+                        Bf16<I>::weigh_all(reinterpret_cast<const uint16_t*>(scores + t * ATTENTION_BLOCK * LANES), pairs,
+                                           values, D, seen_by(t), single, keys_ahead, out + t * each);
+            }
+            continue;
         }
         if (int_values) {
-            if (s + count < last) prefetch_rows(a.keys, s + count, smaller(s + count + ATTENTION_BLOCK, last));
+            keys_ahead.step(count * D);
             widen_values(a.values, s, count, words);
             const BlockScales scales(a.values, s, count);
             for (int64_t t = 0; t < tokens; t++)
@@ -392,6 +549,11 @@ void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first
             for (; d < D; d++) attend_values<1>(mine, rows, D, seen, d, out + t * each);
         }
     }
+}
+
+void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
+            float* out) {
+    attend_with<Isa>(a, token, tokens, first, last, scratch, out);
 }
 
 } // namespace
