@@ -166,14 +166,24 @@ inline void add_weights(const float* weights, int64_t count, float* sums) {
     Isa::store(sums, Isa::add(Isa::load(sums), total));
 }
 
-// Brings memory nearer that is read a little later, some lines at a time: arithmetic does not wait for it then.
+// Rows that are read a little later come into the second-level cache meanwhile, a few at a time, so that arithmetic does
+// not wait for memory. (Into the first they would drive out what is being worked on. A line every few instructions,
+// instead of a tile's at once, was measured to be slower.)
 struct Ahead {
-    const uint8_t *at, *end;
+    const uint8_t *at, *goal, *end;
+    int64_t row_bytes, head_dim;
 
     Ahead(const CacheRows& cache, int64_t first, int64_t last)
-        : at(cache.data + first * cache.row_bytes()), end(cache.data + last * cache.row_bytes()) {}
-    void step(int64_t lines) {
-        for (; lines > 0 && at < end; lines--, at += 64) Isa::prefetch(at);
+        : at(cache.data + first * cache.row_bytes()), goal(at), end(cache.data + last * cache.row_bytes()),
+          row_bytes(cache.row_bytes()), head_dim(cache.head_dim) {}
+    // So many rows; as much as so many columns of a block of `count`.
+    void rows(int64_t number) { bytes(number * row_bytes); }
+    void columns(int64_t number, int64_t count) { bytes(number * count * row_bytes / head_dim); }
+
+  private:
+    void bytes(int64_t number) {
+        goal += number;
+        for (; at < goal && at < end; at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 
@@ -202,18 +212,18 @@ struct Bf16 {
 
     template <int T>
     static inline void scores_in(const uint16_t*& rows, const uint16_t* query, int64_t head_dim, int64_t& count, Float scale,
-                                 int64_t lines, Ahead& ahead, float*& scores) {
+                                 Ahead& ahead, float*& scores) {
         for (; count >= T; count -= T, rows += T * head_dim, scores += T * LANES) {
-            ahead.step(lines * T);
+            ahead.rows(T);
             score<T>(query, rows, head_dim, scale, scores);
         }
-        if constexpr (T > 1) scores_in<T / 2>(rows, query, head_dim, count, scale, lines, ahead, scores);
+        if constexpr (T > 1) scores_in<T / 2>(rows, query, head_dim, count, scale, ahead, scores);
     }
 
     // Scores [count][16] of rows [count][D], for one token.
     static void scores(const uint16_t* query, const uint16_t* rows, int64_t head_dim, int64_t count, float scale,
                        Ahead& ahead, float* out) {
-        scores_in<8>(rows, query, head_dim, count, Isa::set1(scale), (head_dim * 2 + 63) / 64, ahead, out);
+        scores_in<8>(rows, query, head_dim, count, Isa::set1(scale), ahead, out);
     }
 
     // Weights [count][16] to pairs [count / 2][16][2] at the same place; adds what they have become to the sums.
@@ -252,7 +262,7 @@ struct Bf16 {
         if (count % 2 != 0) I::side_by_side(rows + (count - 1) * head_dim, nullptr, head_dim, single);
         int64_t d = 0;
         for (; d + 8 <= head_dim; d += 8) {
-            ahead.step(count / 4);
+            ahead.columns(8, count);
             weigh<8>(weights, pairs + 2 * d, single + 2 * d, head_dim, count, out + d * LANES);
         }
         for (; d < head_dim; d++) weigh<1>(weights, pairs + 2 * d, single + 2 * d, head_dim, count, out + d * LANES);
@@ -413,7 +423,7 @@ inline void weigh_pairs(const int16_t* weights, const int16_t* values, int64_t h
 
 // out [D][16] += weights [count][16] times a block of values.
 inline void attend_int_values(const float* weights, const BlockScales& v, const int16_t* values, int64_t head_dim,
-                              int64_t count, float* out) {
+                              int64_t count, Ahead& ahead, float* out) {
     constexpr int T = Isa::FMA_TOKENS;
     float scaled[(ATTENTION_BLOCK + 1) * LANES], largest[LANES], step[LANES], inverse[LANES];
     int16_t pairs[ATTENTION_BLOCK * LANES];
@@ -437,7 +447,10 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
         const Float steps = ordered ? Isa::load(step) : Isa::set1(float_of(0x7FC00000));
         const int64_t end = (g + 1) * v.group;
         int64_t d = g * v.group;
-        for (; d + T <= end; d += T) weigh_pairs<T>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
+        for (; d + T <= end; d += T) {
+            ahead.columns(T, count);
+            weigh_pairs<T>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
+        }
         for (; d < end; d++) weigh_pairs<1>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
     }
 }
@@ -477,13 +490,15 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     float* scores = queries + tokens * D * LANES; // [tokens][ATTENTION_BLOCK][16]
     float* beside = scores + tokens * ATTENTION_BLOCK * LANES;
     int16_t* words = reinterpret_cast<int16_t*>(rows);
+    Ahead(a.keys, first, last).rows(ATTENTION_BLOCK);
     for (int64_t t = 0; t < tokens; t++) {
         prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
         memset(out + t * each, 0, size_t(each * 4));
         Isa::store(out + t * each + D * LANES, Isa::set1(-3.0e38f));
     }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
-        const int64_t count = smaller(ATTENTION_BLOCK, last - s), next = smaller(s + count + ATTENTION_BLOCK, last);
+        const int64_t count = smaller(ATTENTION_BLOCK, last - s);
+        const int64_t next = smaller(s + count + ATTENTION_BLOCK, a.seen + token + tokens - 1); // perhaps another piece's
         const auto seen_by = [&](int64_t t) { return smaller(count, a.seen + token + t - s); };
         Ahead values_ahead(a.values, s, s + count), keys_ahead(a.keys, s + count, next);
         if (bf16_keys) {
@@ -494,7 +509,6 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                                     values_ahead, scores + t * ATTENTION_BLOCK * LANES);
             }
         } else if (int_keys) {
-            values_ahead.step(count * D);
             widen_keys(a.keys, s, count, words);
             const BlockScales scales(a.keys, s, count);
             for (int64_t t = 0; t < tokens; t++) {
@@ -502,7 +516,10 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 const IntQueries q{reinterpret_cast<const int16_t*>(queries + t * D * LANES), mine, mine + LANES};
                 float* target = scores + t * ATTENTION_BLOCK * LANES;
                 int64_t i = 0;
-                for (; i + T <= seen_by(t); i += T) score_pairs<T>(q, scales, words, D, i, target);
+                for (; i + T <= seen_by(t); i += T) {
+                    values_ahead.rows(T);
+                    score_pairs<T>(q, scales, words, D, i, target);
+                }
                 for (; i < seen_by(t); i++) score_pairs<1>(q, scales, words, D, i, target);
             }
         } else {
@@ -531,12 +548,12 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             continue;
         }
         if (int_values) {
-            keys_ahead.step(count * D);
             widen_values(a.values, s, count, words);
             const BlockScales scales(a.values, s, count);
             for (int64_t t = 0; t < tokens; t++)
                 if (seen_by(t) > 0)
-                    attend_int_values(scores + t * ATTENTION_BLOCK * LANES, scales, words, D, seen_by(t), out + t * each);
+                    attend_int_values(scores + t * ATTENTION_BLOCK * LANES, scales, words, D, seen_by(t), keys_ahead,
+                                      out + t * each);
             continue;
         }
         read_rows(a.values, s, count, rows);
