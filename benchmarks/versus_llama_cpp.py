@@ -8,6 +8,9 @@
     python benchmarks/versus_llama_cpp.py MODEL_DIR PEER.gguf --peer-python PEER_ENV/bin/python \\
         [--threads N] [--rounds 5] [--tests decode:16,prefill:128,prefill:512] [--depth 0] [--busy] [-o RESULT.json]
 
+A test may name a depth of its own: decode:8@1024,decode:8@2048. Behind the table then stands what decoding would take
+deeper, at `--extrapolate`, if the time of a token grew there as between the shallowest and the deepest of them.
+
 Both models stay loaded. In each round the read bandwidth is measured, then each test runs on both sides, one after the
 other; the round after it turns the order round. The side that waits must not use a core: the largest share of one that
 it used is in the result. With --busy each round also takes every sample while another process keeps one core busy, and
@@ -147,7 +150,7 @@ class Peer:
 
 def main() -> None:
     args = _parse_args()
-    tests = [Test(kind, tokens, args.depth) for kind, tokens in args.tests]
+    tests = args.tests
     conditions: list[Condition] = ["quiet", "busy"] if args.busy else ["quiet"]
     with Peer(args.peer_python, args.peer, args.ctx, args.threads) as peer:
         ours = Ours(args.model, args.ctx, args.threads)
@@ -175,6 +178,7 @@ def main() -> None:
                         )
                         samples.append(sample)
         rows = _summarize(tests, conditions, sides, samples, max(bandwidths))
+        extrapolated = [line for depth in args.extrapolate for line in _extrapolated(rows, tests, depth)]
         idle_share = max(sample.other_side_idle_share for sample in samples)
         result = {
             "machine": {"cpu": cpu_name(), "threads": args.threads, "torch": torch.__version__},
@@ -192,12 +196,15 @@ def main() -> None:
             "read_gb_per_s": reads,
             "largest_idle_share": idle_share,
             "medians": rows,
+            "extrapolated": extrapolated,
             "samples": [asdict(sample) for sample in samples],
         }
     _print_table(rows, bandwidths)
     if args.busy:
         quiet, busy = statistics.median(reads["quiet"]), statistics.median(reads["busy"])
         print(f"a bare read with one core busy: {busy:.1f} of {quiet:.1f} GB/s, {busy / quiet:.0%} of quiet")
+    for line in extrapolated:
+        print("decode at {depth}: {side} {tokens_per_s:.2f} tok/s, extrapolated from {shallow} and {deep}".format(**line))
     if idle_share > IDLE_SHARE_WARNING:
         print(f"warning: a waiting side used {idle_share:.0%} of a core", file=sys.stderr)
     if args.output is not None:
@@ -213,24 +220,53 @@ def _parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tests", type=_parse_tests, default="decode:16,prefill:128,prefill:512")
     parser.add_argument("--depth", type=int, default=0, help="positions in the cache before each test")
+    parser.add_argument("--extrapolate", type=_parse_depths, default=[], help="depths, such as 8192,32768")
     parser.add_argument("--ctx", type=int, default=4096)
     parser.add_argument("--busy", action="store_true", help="measure also with one core kept busy")
     parser.add_argument("-o", "--output", type=Path, help="write everything as JSON")
     args = parser.parse_args()
-    longest = args.depth + max(tokens for _, tokens in args.tests) + UNTIMED
+    args.tests = [Test(kind, tokens, args.depth if depth is None else depth) for kind, tokens, depth in args.tests]
+    longest = max(test.depth + test.tokens for test in args.tests) + UNTIMED
     if longest > args.ctx:
         parser.error(f"{longest} positions do not fit --ctx {args.ctx}")
     return args
 
 
-def _parse_tests(text: str) -> list[tuple[str, int]]:
+def _parse_depths(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _parse_tests(text: str) -> list[tuple[str, int, int | None]]:
     tests = []
     for part in text.split(","):
-        kind, _, tokens = part.partition(":")
-        if kind not in ("prefill", "decode") or not tokens.isdecimal() or int(tokens) == 0:
-            raise argparse.ArgumentTypeError(f"{part!r} is not prefill:N or decode:N")
-        tests.append((kind, int(tokens)))
+        kind, _, numbers = part.partition(":")
+        tokens, at, depth = numbers.partition("@")
+        known = kind in ("prefill", "decode") and tokens.isdecimal() and (depth.isdecimal() or not at)
+        if not known or int(tokens) == 0:
+            raise argparse.ArgumentTypeError(f"{part!r} is not prefill:N or decode:N, nor one of them with @DEPTH")
+        tests.append((kind, int(tokens), int(depth) if at else None))
     return tests
+
+
+def _extrapolated(rows: list[dict[str, Any]], tests: list[Test], depth: int) -> Iterator[dict[str, Any]]:
+    """Of each side, from the quiet medians of decoding at the shallowest and the deepest depth."""
+    decodes = sorted((test for test in tests if test.kind == "decode"), key=lambda test: test.depth)
+    if not decodes or decodes[0].depth == decodes[-1].depth:
+        return
+    for side in (Ours.name, Peer.name):
+        first, last = (
+            next(1 / row[side]["tokens_per_s"] for row in rows if (row["test"], row["condition"]) == (str(test), "quiet"))
+            for test in (decodes[0], decodes[-1])
+        )
+        slope = (last - first) / (decodes[-1].depth - decodes[0].depth)
+        yield {
+            "depth": depth,
+            "side": side,
+            "tokens_per_s": 1 / (last + slope * (depth - decodes[-1].depth)),
+            "ms_per_1024_positions": slope * 1024e3,
+            "shallow": decodes[0].depth,
+            "deep": decodes[-1].depth,
+        }
 
 
 def _own_command(args: argparse.Namespace) -> str:

@@ -19,23 +19,24 @@ namespace {
 bool always() { return true; }
 
 #if defined(G4_X86)
-// Two features that not every compiler knows by name.
+// Features that not every compiler knows by name.
 bool has_f16c() {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;
 }
-[[maybe_unused]] bool has_vnni_of_avx() {
+[[maybe_unused]] bool has_leaf_7_1(int bit) {
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> bit & 1) != 0;
 }
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
-[[maybe_unused]] bool has_avx_vnni() { return has_avx2() && has_vnni_of_avx(); }
+[[maybe_unused]] bool has_avx_vnni() { return has_avx2() && has_leaf_7_1(4); }
 [[maybe_unused]] bool has_avx512_vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
 }
+[[maybe_unused]] bool has_avx512_bf16() { return has_avx512_vnni() && has_leaf_7_1(5); }
 #endif
 #if defined(G4_ARM)
 bool has_dotprod() {
@@ -55,10 +56,12 @@ struct Entry {
 // Best first.
 const Entry ENTRIES[] = {
 #if defined(G4_X86) && defined(G4_EMULATE)
-    {&KERNELS_AVX512_VNNI, has_avx2}, // over emulated instructions, for tests
+    {&KERNELS_AVX512_BF16, has_avx2}, // over emulated instructions, for tests
+    {&KERNELS_AVX512_VNNI, has_avx2},
     {&KERNELS_AVX_VNNI, has_avx2},
     {&KERNELS_AVX2, has_avx2},
 #elif defined(G4_X86)
+    {&KERNELS_AVX512_BF16, has_avx512_bf16},
     {&KERNELS_AVX512_VNNI, has_avx512_vnni},
     {&KERNELS_AVX_VNNI, has_avx_vnni},
     {&KERNELS_AVX2, has_avx2},

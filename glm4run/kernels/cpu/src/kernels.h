@@ -58,6 +58,7 @@ struct AttentionRows {
 constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and their sums fit the first-level cache
 constexpr int64_t MAX_DECODE_TOKENS = 16;
 constexpr int64_t ATTENTION_LANES = 16; // query heads computed together
+constexpr int64_t ATTENTION_BLOCK = 64; // positions
 
 // Part of a product with one panel: tokens, and groups of activations.
 struct GemmBlock {
@@ -107,6 +108,7 @@ extern const Kernels KERNELS_SCALAR;
 extern const Kernels KERNELS_AVX2;
 extern const Kernels KERNELS_AVX_VNNI;
 extern const Kernels KERNELS_AVX512_VNNI;
+extern const Kernels KERNELS_AVX512_BF16;
 #endif
 #if defined(G4_ARM)
 extern const Kernels KERNELS_NEON_DOTPROD;

@@ -87,7 +87,7 @@ struct Cut {
 
     explicit Cut(int64_t seen) {
         const int64_t most = pieces_of(seen, MIN_STRETCH), wanted = most < MAX_STRETCHES ? most : MAX_STRETCHES;
-        stretch = round_up(pieces_of(seen, wanted), 32);
+        stretch = round_up(pieces_of(seen, wanted), ATTENTION_BLOCK);
         count = pieces_of(seen, stretch);
     }
 };
@@ -186,20 +186,27 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
     const float* parts = c.partial + index * c.stretches * c.partial_floats();
     const int64_t stretches = Cut(c.seen(part.token)).count;
-    float* row = static_cast<float*>(ticket.scratch(size_t(D * 4)));
-    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
-        float highest = -3.0e38f, total = 0.0f;
-        for (int64_t s = 0; s < stretches; s++)
-            highest = fmaxf(highest, parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
-        memset(row, 0, size_t(D * 4));
-        for (int64_t s = 0; s < stretches; s++) {
-            const float* one = parts + s * c.partial_floats();
-            const float* maxima = one + D * ATTENTION_LANES;
-            const float weight = expf(maxima[lane] - highest);
-            total += weight * maxima[ATTENTION_LANES + lane];
-            for (int64_t d = 0; d < D; d++) row[d] += weight * one[d * ATTENTION_LANES + lane];
+    float* sums = static_cast<float*>(ticket.scratch(size_t((ATTENTION_LANES + 1) * D * 4)));
+    float* row = sums + ATTENTION_LANES * D;
+    float highest[ATTENTION_LANES], weights[ATTENTION_LANES], totals[ATTENTION_LANES] = {};
+    for (float& one : highest) one = -3.0e38f;
+    for (int64_t s = 0; s < stretches; s++)
+        for (int64_t lane = 0; lane < ATTENTION_LANES; lane++)
+            highest[lane] = fmaxf(highest[lane], parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
+    memset(sums, 0, size_t(ATTENTION_LANES * D * 4));
+    for (int64_t s = 0; s < stretches; s++) {
+        const float* one = parts + s * c.partial_floats();
+        const float* maxima = one + D * ATTENTION_LANES;
+        for (int64_t lane = 0; lane < ATTENTION_LANES; lane++) {
+            weights[lane] = expf(maxima[lane] - highest[lane]);
+            totals[lane] += weights[lane] * maxima[ATTENTION_LANES + lane];
         }
-        for (int64_t d = 0; d < D; d++) row[d] /= total;
+        for (int64_t d = 0; d < D; d++)
+            for (int64_t lane = 0; lane < ATTENTION_LANES; lane++)
+                sums[d * ATTENTION_LANES + lane] += weights[lane] * one[d * ATTENTION_LANES + lane];
+    }
+    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
+        for (int64_t d = 0; d < D; d++) row[d] = sums[d * ATTENTION_LANES + lane] / totals[lane];
         if (c.cache.values.bits != 16) c.kernels->turn(row, D);
         const int64_t head = part.kv_head * c.repeat() + first_head + lane;
         c.kernels->from_float(row, c.dtype, D, c.out + (part.token * c.heads + head) * D * element);

@@ -24,6 +24,7 @@ struct Isa {
     static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr int PREFETCH_BYTES = 2048;
     static constexpr int FMA_TOKENS = 4;
+    static constexpr bool BF16_DOTS = false;
 
     struct Float {
         __m256 v[2];
@@ -52,6 +53,15 @@ struct Isa {
         return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
     }
     static inline Float to_float(Int a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+    // The low 16 bits of every lane of both, as pairs.
+    static inline Int low_words(Float a, Float b) {
+        Int words;
+        for (int i = 0; i < 2; i++) {
+            const __m256i high = _mm256_slli_epi32(_mm256_castps_si256(b.v[i]), 16);
+            words.v[i] = _mm256_blend_epi16(_mm256_castps_si256(a.v[i]), high, 0xAA);
+        }
+        return words;
+    }
     static inline Int int_set1(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
     static inline Int int_load(const int32_t* p) {
         return {{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}};

@@ -1,4 +1,4 @@
-// 16 lanes of an AVX-512 machine with VNNI: one register.
+// 16 lanes of an AVX-512 machine with VNNI: one register. With G4_AVX512_BF16 the dot product of bf16 pairs.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -8,6 +8,7 @@
 #endif
 
 #include "abi.h"
+#include "half.h"
 
 namespace {
 
@@ -19,6 +20,12 @@ struct Isa {
     static constexpr int GEMM_TOKENS_X16 = 12;
     static constexpr int PREFETCH_BYTES = 2048;
     static constexpr int FMA_TOKENS = 8;
+    static constexpr bool BF16_DOTS =
+#if defined(G4_AVX512_BF16)
+        true;
+#else
+        false;
+#endif
 
     using Float = __m512;
     using Int = __m512i;
@@ -33,6 +40,12 @@ struct Isa {
     static inline Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
     static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
     static inline Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+    static inline Float as_float(Int a) { return _mm512_castsi512_ps(a); }
+    // The low 16 bits of every lane of both, as pairs.
+    static inline Int low_words(Float a, Float b) {
+        const Int low = _mm512_and_si512(_mm512_castps_si512(a), int_set1(0xFFFF));
+        return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_castps_si512(b), 16));
+    }
     static inline Int int_set1(int32_t x) { return _mm512_set1_epi32(x); }
     static inline Int int_load(const int32_t* p) { return _mm512_loadu_si512(p); }
     static inline void int_store(int32_t* p, Int a) { _mm512_storeu_si512(p, a); }
@@ -158,6 +171,68 @@ struct Isa {
             }
         }
     }
+#if defined(G4_AVX512_BF16)
+    // The same for bf16: an instruction makes as many products as for 16-bit integers, twice as many as for floats.
+    template <int T>
+    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+                                Float (&sums)[T]) {
+        for (int64_t i = 0; i < pairs; i++, w += 32, x += pair_stride) {
+            Int row = _mm512_loadu_si512(w);
+            once(row);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) add_bf16_dot(sums[t], row, x + t * stride);
+        }
+    }
+    // Two rows of 16 floats, rounded, as 16 pairs; adds what they have become to `total`.
+    static inline void bf16_pairs(Float a, Float b, uint16_t* out, Float& total) {
+#if defined(__AVX512BF16__)
+        const Int order = _mm512_set_epi32(0x001F000F, 0x001E000E, 0x001D000D, 0x001C000C, 0x001B000B, 0x001A000A,
+                                           0x00190009, 0x00180008, 0x00170007, 0x00160006, 0x00150005, 0x00140004,
+                                           0x00130003, 0x00120002, 0x00110001, 0x00100000);
+        const Int pairs = _mm512_permutexvar_epi16(order, (Int)_mm512_cvtne2ps_pbh(b, a));
+#else
+        float wide[2][16];
+        uint16_t rounded[32];
+        store(wide[0], a);
+        store(wide[1], b);
+        for (int i = 0; i < 32; i++) rounded[i] = to_bf16(wide[i & 1][i / 2]);
+        const Int pairs = _mm512_loadu_si512(rounded);
+#endif
+        _mm512_storeu_si512(out, pairs);
+        const Int high = _mm512_set1_epi32(int32_t(0xFFFF0000));
+        total = add(total, add(as_float(_mm512_slli_epi32(pairs, 16)), as_float(_mm512_and_si512(pairs, high))));
+    }
+    // sum += a * the same pair in every lane. As text for the reason above.
+    static inline void add_bf16_dot(Float& sum, Int a, const uint16_t* x) {
+#if defined(__AVX512BF16__)
+        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const Word*>(x)));
+#else
+        int32_t word;
+        __builtin_memcpy(&word, x, 4);
+        const Int pair = _mm512_set1_epi32(word), high = _mm512_set1_epi32(int32_t(0xFFFF0000));
+        sum = fma(as_float(_mm512_and_si512(a, high)), as_float(_mm512_and_si512(pair, high)), sum);
+        sum = fma(as_float(_mm512_slli_epi32(a, 16)), as_float(_mm512_slli_epi32(pair, 16)), sum);
+#endif
+    }
+    // Two rows of 16-bit numbers side by side: out [count][2]. A row that is null counts as zeros.
+    static inline void side_by_side(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* out) {
+        int64_t i = 0;
+#if defined(__AVX512BF16__)
+        const Int low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const Int high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        for (; i + 32 <= count; i += 32) {
+            const Int first = _mm512_loadu_si512(a + i), second = b != nullptr ? _mm512_loadu_si512(b + i) : int_set1(0);
+            _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi16(first, low, second));
+            _mm512_storeu_si512(out + 2 * i + 32, _mm512_permutex2var_epi16(first, high, second));
+        }
+#endif
+        for (; i < count; i++) {
+            out[2 * i] = a[i];
+            out[2 * i + 1] = b != nullptr ? b[i] : 0;
+        }
+    }
+#endif
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
         const Int mask = _mm512_set1_epi8(15);
         for (int64_t k = 0; k < count; k += 8, w += 64, out += 128) {

@@ -15,6 +15,7 @@ struct Isa {
     static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr int PREFETCH_BYTES = 1024;
     static constexpr int FMA_TOKENS = 4;
+    static constexpr bool BF16_DOTS = false;
 
     struct Float {
         float32x4_t v[4];
@@ -54,6 +55,13 @@ struct Isa {
         Float b;
         for (int i = 0; i < 4; i++) b.v[i] = vcvtq_f32_s32(a.v[i]);
         return b;
+    }
+    // The low 16 bits of every lane of both, as pairs.
+    static inline Int low_words(Float a, Float b) {
+        Int words;
+        for (int i = 0; i < 4; i++)
+            words.v[i] = vsliq_n_s32(vreinterpretq_s32_f32(a.v[i]), vreinterpretq_s32_f32(b.v[i]), 16);
+        return words;
     }
     static inline Int int_set1(int32_t x) {
         const int32x4_t a = vdupq_n_s32(x);

@@ -15,6 +15,7 @@ struct Isa {
     static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr int PREFETCH_BYTES = 0;
     static constexpr int FMA_TOKENS = 4;
+    static constexpr bool BF16_DOTS = false;
     static constexpr int N = 16;
 
     struct Float {
@@ -56,6 +57,12 @@ struct Isa {
         Float b;
         for (int i = 0; i < N; i++) b.v[i] = float(a.v[i]);
         return b;
+    }
+    // The low 16 bits of every lane of both, as pairs.
+    static inline Int low_words(Float a, Float b) {
+        Int words;
+        for (int i = 0; i < N; i++) words.v[i] = int32_t((bits_of(a.v[i]) & 0xFFFF) | bits_of(b.v[i]) << 16);
+        return words;
     }
     static inline Int int_set1(int32_t x) {
         Int a;

@@ -1,0 +1,159 @@
+"""Native attention against float64, on every instruction set that this machine runs.
+
+Over rows of floats it is exact up to float32, but for softmax weights over bf16 rows: an instruction set that multiplies
+pairs of bf16 rounds them to bf16. Nothing here may depend on threads, on the tokens beside one, or on what lies behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm4run.kernels.cpu import ops as native
+from glm4run.kv_format import parse_kv_bits
+from glm4run.kv_rows import KVLayer, new_rows, turn
+from tests.native_library import ISAS, each_isa, needs_library, running, same_bits
+
+pytestmark = needs_library
+
+CPU = torch.device("cpu")
+# heads, KV heads, D: the family's; lanes that are not filled, or more than once; odd widths and wide ones
+SHAPES = ((32, 2, 128), (9, 3, 32), (34, 2, 40), (3, 1, 33), (5, 1, 256), (16, 1, 80))
+BF16_STEP = 2.0**-8  # of a weight rounded to bf16 half of it, of the sum of weights the other
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with running(threads=1):
+        yield
+
+
+def rows_of(heads: int, positions: int, width: int, seed: int, outlier: float = 0.0) -> Tensor:
+    """[heads, positions, width], signed, with a few large channels."""
+    rows = torch.randn(heads, positions, width, generator=torch.Generator().manual_seed(seed))
+    rows[:, :, 1::13] += outlier
+    return rows
+
+
+def layer_of(kept: str, key: Tensor, value: Tensor) -> KVLayer:
+    formats, (heads, positions, width) = parse_kv_bits(kept), key.shape
+    layer = KVLayer(
+        *(
+            new_rows(heads, positions, width, bits, dtype=key.dtype, device=CPU)
+            for bits in (formats.key_bits, formats.value_bits)
+        )
+    )
+    native.append(layer, 0, key, value)
+    return layer
+
+
+def exact(query: Tensor, layer: KVLayer, positions: int) -> tuple[Tensor, Tensor]:
+    """Attention in float64 over what the rows say, [T, H, D], and the same over the values' magnitudes."""
+    heads, tokens, width = query.shape
+    keys, values = (
+        (rows.data.float() if rows.scales is None else turn(rows.turned(rows.data.shape[1]))).double()[:, :positions]
+        for rows in (layer.keys, layer.values)
+    )
+    repeat = heads // keys.shape[0]
+    scores = query.double() @ keys.repeat_interleave(repeat, 0).transpose(1, 2) / width**0.5  # [H, T, S]
+    scores.masked_fill_(torch.ones(tokens, positions).triu(positions - tokens + 1).bool(), float("-inf"))
+    values = values.repeat_interleave(repeat, 0)
+    weights = scores.softmax(-1)
+    return (weights @ values).transpose(0, 1), (weights @ values.abs()).transpose(0, 1)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_rows_of_floats_equal_float64(isa: str, dtype: torch.dtype) -> None:
+    for heads, kv_heads, width in SHAPES:
+        for tokens, positions in ((1, 1), (1, 64), (1, 331), (4, 130), (8, 129), (9, 9), (21, 150)):
+            key, value = rows_of(kv_heads, positions, width, 0, 3.0).to(dtype), rows_of(kv_heads, positions, width, 1)
+            layer = layer_of("16", key, value.to(dtype))
+            query = rows_of(heads, tokens, width, 2).to(dtype)
+            expected, size = exact(query, layer, positions)
+            with running(isa):
+                got = native.attention(query, layer, positions).double().unflatten(-1, (heads, width))
+            rounded = BF16_STEP * size if dtype == torch.bfloat16 and isa == "avx512-bf16" else 0.0
+            allowed = torch.finfo(dtype).eps * expected.abs() + 2e-5 * size + rounded
+            assert bool(((got - expected).abs() <= allowed).all()), (heads, kv_heads, width, tokens, positions)
+
+
+@each_isa
+@pytest.mark.parametrize("kept", ["8", "4", "8:4", "16:8", "4:16"])
+def test_quantized_rows_equal_float64_over_what_they_hold(isa: str, kept: str) -> None:
+    for heads, kv_heads, width in ((32, 2, 128), (34, 2, 40), (5, 1, 256), (6, 3, 96)):
+        for tokens, positions in ((1, 331), (3, 130), (21, 150)):
+            key, value = rows_of(kv_heads, positions, width, 0, 3.0), rows_of(kv_heads, positions, width, 1)
+            layer = layer_of(kept, key.bfloat16(), value.bfloat16())
+            query = rows_of(heads, tokens, width, 2).bfloat16()
+            expected, size = exact(query, layer, positions)
+            with running(isa):
+                got = native.attention(query, layer, positions).double().unflatten(-1, (heads, width))
+            allowed = BF16_STEP * (expected.abs() + size) + 1e-3
+            assert bool(((got - expected).abs() <= allowed).all()), (heads, kv_heads, width, tokens, positions)
+
+
+@each_isa
+@pytest.mark.parametrize("kept", ["16", "8", "4"])
+def test_what_is_alike_for_all_keys_is_their_mean(isa: str, kept: str) -> None:
+    """Every weight is exactly 1 then, rounded or not: a position too many or too few would show."""
+    for tokens, positions in ((1, 63), (1, 257), (2, 64), (17, 91)):
+        value = torch.randint(-3, 4, (2, positions, 32), generator=torch.Generator().manual_seed(1)).float()
+        layer = layer_of(kept, rows_of(2, positions, 32, 0).bfloat16(), value.bfloat16())
+        query = torch.zeros(32, tokens, 32, dtype=torch.bfloat16)
+        expected, _ = exact(query, layer, positions)
+        with running(isa):
+            got = native.attention(query, layer, positions).double().unflatten(-1, (32, 32))
+        allowed = BF16_STEP * expected.abs() + 1e-4  # the result is rounded
+        assert bool(((got - expected).abs() <= allowed).all()), (tokens, positions)
+
+
+@each_isa
+@pytest.mark.parametrize("kept", ["16", "8", "4"])
+def test_neither_threads_nor_other_tokens_change_a_bit(isa: str, kept: str) -> None:
+    positions, tokens = 700, 29
+    key, value = rows_of(2, positions, 64, 0).bfloat16(), rows_of(2, positions, 64, 1).bfloat16()
+    layer, query = layer_of(kept, key, value), rows_of(32, tokens, 64, 2).bfloat16()
+
+    def attend(first: int, last: int, threads: int = 1) -> Tensor:
+        with running(isa, threads=threads):
+            return native.attention(query[:, first:last].contiguous(), layer, positions - tokens + last)
+
+    whole, few = attend(0, tokens), attend(3, 9)
+    for threads in (2, 3):
+        assert same_bits(attend(0, tokens, threads), whole) and same_bits(attend(3, 9, threads), few)
+    assert same_bits(torch.cat((attend(0, 10), attend(10, tokens))), whole)  # a prefill in two chunks
+    assert same_bits(torch.cat([attend(t, t + 1) for t in range(3, 9)]), few)  # decoding one by one
+
+
+@each_isa
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_else(isa: str, bad: float) -> None:
+    for which in (0, 1):
+        for position in (76, 77):  # either of a pair
+            pair = [rows_of(2, 83, 32, 0).bfloat16(), rows_of(2, 83, 32, 1).bfloat16()]
+            pair[which][1, position, 3] = bad
+            layer, query = layer_of("16", *pair), rows_of(4, 12, 32, 2).bfloat16().abs()
+            with running(isa):
+                finite = native.attention(query, layer, 83).unflatten(-1, (4, 32)).isfinite()
+            assert bool(finite[:, :2].all()), "the other KV head"
+            assert bool(finite[: position - 71, 2:].all()), "tokens before it"
+            seen = finite[position - 71 :, 2:]
+            assert not bool(seen.any() if which == 0 else seen[..., 3].any()), "tokens behind it"
+
+
+@pytest.mark.skipif("avx512-bf16" not in ISAS, reason="no AVX512-BF16")
+def test_rounding_the_weights_is_all_that_bf16_pairs_lose() -> None:
+    """No more than the result's own rounding to bf16."""
+    key, value = rows_of(2, 2000, 128, 0).bfloat16(), rows_of(2, 2000, 128, 1).bfloat16()
+    layer, query = layer_of("16", key, value), rows_of(32, 1, 128, 2).bfloat16()
+    expected, _ = exact(query, layer, 2000)
+    with running("avx512-bf16"):
+        got = native.attention(query, layer, 2000).double().unflatten(-1, (32, 128))
+    with running("avx512-vnni"):
+        floats = native.attention(query, layer, 2000).double().unflatten(-1, (32, 128))
+    ours, theirs = ((x - expected).square().mean().sqrt() for x in (got, floats))
+    assert 1.0 < float(ours / theirs) < 2**0.5
