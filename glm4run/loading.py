@@ -108,6 +108,7 @@ def load_weights(
     rope_theta: float | None = None,
     yarn: str = "auto",
     kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
+    mmap: bool = False,
     progress: Progress | None = None,
     held_bytes: int | None = None,
 ) -> LoadedWeights:
@@ -115,6 +116,7 @@ def load_weights(
 
     `quantize_on_load`: one of `quant_config.ON_LOAD`, by which another library packs the layers' linears of a dense
     folder as they come; None does so only where such a library is the named `backend`.
+    `mmap`: packed values and the embedding stay in their files, mapped into memory, where the native kernels run.
     `held_bytes`: what the process held before anything of this model was loaded; None measures it now.
 
     Raises:
@@ -139,11 +141,12 @@ def load_weights(
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
+        maps = mmap and target.type == "cpu" and chosen is not None and chosen.name == "native"
         run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=ops)
-        TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
+        TensorLoader(reader, model, target, compute, chosen, progress, mmap=maps).run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
     return_large_blocks(kept_block_bytes(plan.weight_bytes))
