@@ -142,7 +142,7 @@ def load_weights(
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
         maps = mmap and target.type == "cpu" and chosen is not None and chosen.name == "native"
-        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format)
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format, mmap=maps)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=ops)
@@ -250,6 +250,8 @@ def planned_run(
     held_bytes: int | None,
     ops: Ops,
     kv_format: KVFormat,
+    *,
+    mmap: bool = False,
 ) -> Run:
     """What is about to be loaded and run, as `memory` plans it."""
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
@@ -283,6 +285,7 @@ def planned_run(
         kv_bits=kv_format.key_bits,
         value_bits=kv_format.value_bits,
         logits_rows=1 + MOST_DRAFTED if verifies else 1,
+        **(memory.embedding_in_file(weights) if mmap and not config.tie_word_embeddings else {}),
     )
 
 

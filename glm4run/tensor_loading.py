@@ -107,7 +107,8 @@ class TensorLoader:
 
     def _put_dense(self, name: str) -> None:
         module, _, parameter = name.rpartition(".")
-        mapped = self.reader.mapped(name) if self.mmap and module == EMBEDDING else None
+        tied = self.model.config.tie_word_embeddings  # it is the head too, which reads it all
+        mapped = self.reader.mapped(name) if self.mmap and module == EMBEDDING and not tied else None
         if mapped is not None:
             self.count(name)
         tensor = self.read(name) if mapped is None else mapped
