@@ -204,7 +204,8 @@ def main() -> None:
         quiet, busy = statistics.median(reads["quiet"]), statistics.median(reads["busy"])
         print(f"a bare read with one core busy: {busy:.1f} of {quiet:.1f} GB/s, {busy / quiet:.0%} of quiet")
     for line in extrapolated:
-        print("decode at {depth}: {side} {tokens_per_s:.2f} tok/s, extrapolated from {shallow} and {deep}".format(**line))
+        text = "decode at {depth}: {side} {tokens_per_s:.2f} tok/s, extrapolated from {shallow} and {deep}"
+        print(text.format(**line))
     if idle_share > IDLE_SHARE_WARNING:
         print(f"warning: a waiting side used {idle_share:.0%} of a core", file=sys.stderr)
     if args.output is not None:
@@ -255,7 +256,9 @@ def _extrapolated(rows: list[dict[str, Any]], tests: list[Test], depth: int) -> 
         return
     for side in (Ours.name, Peer.name):
         first, last = (
-            next(1 / row[side]["tokens_per_s"] for row in rows if (row["test"], row["condition"]) == (str(test), "quiet"))
+            next(
+                1 / row[side]["tokens_per_s"] for row in rows if (row["test"], row["condition"]) == (str(test), "quiet")
+            )
             for test in (decodes[0], decodes[-1])
         )
         slope = (last - first) / (decodes[-1].depth - decodes[0].depth)

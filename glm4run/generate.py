@@ -141,6 +141,7 @@ def load_model(
     context_len: int | None = None,
     rope_theta: float | None = None,
     yarn: str = "auto",
+    mmap: bool = False,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Loads a model folder, dense or packed.
@@ -155,6 +156,7 @@ def load_model(
         threads: of the CPU; None takes one per core that this process may use.
         context_len: tokens; None takes the largest that fits the memory, up to the model's own.
         rope_theta: overrides the config's base. yarn: auto (when the context asks for it), on, off.
+        mmap: leave packed weights and the embedding in their files, mapped into memory, where the native kernels run.
 
     Raises:
         Glm4RunError: with what to do. See `loading.load_weights`.
@@ -178,6 +180,7 @@ def load_model(
             rope_theta=rope_theta,
             yarn=yarn,
             kv_format=kv_format,
+            mmap=mmap,
             progress=progress,
             held_bytes=held,
         )

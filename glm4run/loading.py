@@ -108,6 +108,7 @@ def load_weights(
     rope_theta: float | None = None,
     yarn: str = "auto",
     kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
+    mmap: bool = False,
     progress: Progress | None = None,
     held_bytes: int | None = None,
 ) -> LoadedWeights:
@@ -115,6 +116,7 @@ def load_weights(
 
     `quantize_on_load`: one of `quant_config.ON_LOAD`, by which another library packs the layers' linears of a dense
     folder as they come; None does so only where such a library is the named `backend`.
+    `mmap`: packed values and the embedding stay in their files, mapped into memory, where the native kernels run.
     `held_bytes`: what the process held before anything of this model was loaded; None measures it now.
 
     Raises:
@@ -139,11 +141,12 @@ def load_weights(
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
-        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format)
+        maps = mmap and target.type == "cpu" and chosen is not None and chosen.name == "native"
+        run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format, mmap=maps)
         plan = choose_context(run, target, context_len)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=ops)
-        TensorLoader(reader, model, target, compute, chosen, progress).run(specs)
+        TensorLoader(reader, model, target, compute, chosen, progress, mmap=maps).run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
     return_large_blocks(kept_block_bytes(plan.weight_bytes))
@@ -247,6 +250,8 @@ def planned_run(
     held_bytes: int | None,
     ops: Ops,
     kv_format: KVFormat,
+    *,
+    mmap: bool = False,
 ) -> Run:
     """What is about to be loaded and run, as `memory` plans it."""
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
@@ -280,6 +285,7 @@ def planned_run(
         kv_bits=kv_format.key_bits,
         value_bits=kv_format.value_bits,
         logits_rows=1 + MOST_DRAFTED if verifies else 1,
+        **(memory.embedding_in_file(weights) if mmap and not config.tie_word_embeddings else {}),
     )
 
 

@@ -15,6 +15,7 @@ from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.errors import CheckpointError
 from glm4run.kernels import Backend, FileRange, LinearSpec
 from glm4run.layers import QuantizedLinear
+from glm4run.memory.weights import EMBEDDING
 from glm4run.model import Glm4Model
 from glm4run.qformat import PACKED, SCALE, SHAPE, ZERO_POINT, PackedWeight
 
@@ -42,9 +43,12 @@ class TensorLoader:
         dtype: torch.dtype,
         backend: Backend | None,
         progress: Progress | None,
+        *,
+        mmap: bool = False,
     ) -> None:
         self.reader, self.model, self.device, self.dtype = reader, model, device, dtype
         self.backend, self.progress = backend, progress
+        self.mmap = mmap  # what is used as it is stored is not read but mapped
         self.total = sum(source.nbytes for source in reader.sources.values())
         self.done = 0
         self.taken: set[str] = set()
@@ -103,7 +107,11 @@ class TensorLoader:
 
     def _put_dense(self, name: str) -> None:
         module, _, parameter = name.rpartition(".")
-        tensor = self.read(name)
+        tied = self.model.config.tie_word_embeddings  # it is the head too, which reads it all
+        mapped = self.reader.mapped(name) if self.mmap and module == EMBEDDING and not tied else None
+        if mapped is not None:
+            self.count(name)
+        tensor = self.read(name) if mapped is None else mapped
         if tensor.ndim == 1:
             self.check_finite(name, tensor)
         tensor = tensor.to(kept_dtype(module, tensor.dtype, self.dtype))
@@ -149,8 +157,9 @@ class _FileWeight:
         return tensors
 
     def location(self) -> FileRange:
-        """The backend reads the values itself: they count as read from here on."""
+        """The backend reads or maps the values itself: they count as read from here on."""
         descriptor, offset = self.loader.reader.location(self.packed)
         entry = self.loader.reader.sources[self.packed].entry
         self.loader.count(self.packed)
-        return FileRange(descriptor, offset, f"{entry.file.name}: {self.packed}")
+        mapping = self.loader.reader.mapping(self.packed) if self.loader.mmap else None
+        return FileRange(descriptor, offset, f"{entry.file.name}: {self.packed}", mapping)

@@ -1,7 +1,8 @@
-"""Reads single tensors, or rows of them, into fresh memory.
+"""Reads single tensors, or rows of them, into fresh memory, or maps the files that they lie in.
 
-Plain reads instead of a memory map: what has been repacked and dropped is then gone from the process, so that
-loading never holds two copies of the model, and a file that is replaced meanwhile cannot crash the run.
+What is repacked and dropped is read: it is then gone from the process, so that loading never holds two copies of the
+model. What stays as it is in the file may be mapped: it takes no memory of its own and no time. A mapped file may be
+replaced (renamed over, deleted) but must not be cut short while it is in use.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import math
 import mmap
 import os
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +41,22 @@ TORCH_DTYPES = {
 }
 
 
+class FileMapping:
+    """A whole file in memory, to read only, for as long as the object or a tensor of it lives."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
+        self.address = int(self._bytes.ctypes.data)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The numbers from byte `offset` on. Nothing may be written to them."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            flat = torch.frombuffer(self._memory, dtype=dtype, count=math.prod(shape), offset=offset)
+        return flat.view(shape)
+
+
 class CheckpointReader:
     """The tensors of one folder under their Hugging Face names, whatever the layout. A context manager.
 
@@ -51,6 +70,7 @@ class CheckpointReader:
         self.folder = folder
         self.sources: Mapping[str, Source] = sources
         self._files: dict[Path, BinaryIO] = {}
+        self._mappings: dict[Path, FileMapping | None] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> CheckpointReader:
@@ -62,6 +82,7 @@ class CheckpointReader:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self._mappings.clear()  # each lives on with what was taken of it
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, as stored. Raises CheckpointError where the file ends early."""
@@ -72,6 +93,26 @@ class CheckpointReader:
         source = self.sources[name]
         row_bytes = source.entry.nbytes // max(1, source.entry.shape[0])
         return self._descriptor(source.entry.file), source.entry.offset + source.first * row_bytes
+
+    def mapping(self, name: str) -> FileMapping | None:
+        """The file that the tensor called `name` lies in, mapped; None where the system cannot map it."""
+        path = self.sources[name].entry.file
+        if path not in self._mappings:
+            self._descriptor(path)
+            try:
+                self._mappings[path] = FileMapping(self._files[path])
+            except (OSError, ValueError):
+                self._mappings[path] = None
+        return self._mappings[path]
+
+    def mapped(self, name: str) -> Tensor | None:
+        """The tensor called `name` as it lies in its file; None where it cannot be mapped."""
+        source, dtype = self.sources[name], TORCH_DTYPES[self.sources[name].entry.dtype]
+        _, offset = self.location(name)
+        mapping = self.mapping(name)
+        if mapping is None or offset % dtype.itemsize or source.nbytes == 0:
+            return None
+        return mapping.tensor(offset, source.shape, dtype)
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows [first, last) of the tensor called `name`."""

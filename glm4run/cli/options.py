@@ -48,6 +48,10 @@ Activations = Annotated[
 KVBits = Annotated[
     str, typer.Option(help="Bits of keys and values in the cache: 16, 8 or 4; keys and values apart as 8:4")
 ]
+Mmap = Annotated[
+    bool,
+    typer.Option("--mmap", help="Use packed weights from their files: starts at once, decodes somewhat slower"),
+]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 or fp32")]
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
@@ -84,6 +88,7 @@ class Loading:
     dtype: Dtype = "auto"
     kv_bits: KVBits = "16"
     threads: Threads = None
+    mmap: Mmap = False
     rope_theta: RopeTheta = None
     yarn: Yarn = "auto"
 
@@ -199,6 +204,7 @@ def load(
             activations=cast("kernels.Activations", loading.activations),
             quantize_on_load=loading.quantize_on_load,
             threads=loading.threads,
+            mmap=loading.mmap,
             dtype=loading.dtype,
             context_len=context_len,
             rope_theta=loading.rope_theta,

@@ -46,6 +46,13 @@ class Prepacked(Protocol):
     def nbytes(self) -> int: ...
 
 
+class MappedFile(Protocol):
+    """A file in memory for as long as the object lives."""
+
+    @property
+    def address(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class FileRange:
     """Where the packed values of a weight lie: consecutive rows from byte `offset` of an open file."""
@@ -53,6 +60,7 @@ class FileRange:
     descriptor: int
     offset: int
     name: str  # for messages
+    mapping: MappedFile | None = None  # the file in memory; whoever reads there holds it
 
 
 class WeightSource(Protocol):

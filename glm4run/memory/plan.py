@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from glm4run.config import ModelConfig
 from glm4run.kv_format import KVFormat, row_bytes, tensor_widths
@@ -26,6 +27,8 @@ HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is
 FRAGMENTATION_BYTES = 64 * MIB
 # What glibc's heap keeps of tensors that came and went, as a share of them. Source: measured, docs/vram.md.
 HEAP_SLACK_SHARE, LOADING_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 16, 16 * MIB
+
+MAPPED_WINDOW_BYTES = 64 << 10  # Linux maps so much around a page of a file that is touched (fault_around_bytes)
 
 ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
 LOGITS = ("logits", "logits in float32", "sampling")
@@ -58,6 +61,19 @@ class Run:
     def kv_format(self) -> KVFormat:
         """How keys and values are kept."""
         return KVFormat(self.kv_bits, self.kv_bits if self.value_bits is None else self.value_bits)
+
+
+def embedding_in_file(weights: Weights) -> dict[str, Any]:
+    """What a Run says of an embedding that is mapped from its file: only what tokens touch of it is resident."""
+    whole = weights.by_class["embedding"]
+
+    def touched(context_len: int) -> tuple[Term, ...]:
+        nbytes = min(whole, context_len * MAPPED_WINDOW_BYTES)
+        return (
+            Term("embedding_rows", nbytes, "modelled", "pages of the file around the rows of the context's tokens"),
+        )
+
+    return {"not_here": {"embedding": whole}, "extra_terms": touched}
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype_bytes: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from glm4run.cards import demo_folder, load_cards
 from glm4run.config import ModelConfig, RopeScaling, parse_config, read_config
 from glm4run.errors import BackendError, CheckpointError, DoesNotFitError, UsageError
 from glm4run.kernels import reference
+from glm4run.kernels.cpu.backend import NativeWeight
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import adapt_config, choose_context, choose_device, choose_dtype, load_weights
 from glm4run_quantize.recipes import choose_recipe
@@ -32,6 +35,7 @@ from tests.builders import (
     write_checkpoint,
     write_packed,
 )
+from tests.native_library import needs_library
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, VOCAB, (30,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -153,6 +157,46 @@ def test_plan_counts_the_cache_exactly(packed: Path) -> None:
     loaded = load_model(packed, context_len=100)
     planned = next(term.bytes for term in loaded.plan.terms if term.name == "kv_cache")
     assert planned == loaded.new_context().cache.nbytes
+
+
+@needs_library
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"group_size": 32}], ids=["int4", "int8", "g32"])
+def test_mapped_weights_give_the_same_bits_and_stay_in_their_files(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write_packed(tmp_path / "packed", source={"dtype": torch.bfloat16}, **options)
+    expected = load_model(folder, backend="native").logits(IDS)
+    calls: list[tuple[int, int]] = []
+    loaded = load_model(folder, backend="native", mmap=True, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1]
+    linears = [m.prepacked for m in loaded.model.modules() if isinstance(m, QuantizedLinear)]
+    assert all(isinstance(weight, NativeWeight) and weight.is_mapped for weight in linears)
+    embedding = loaded.model.model.embed_tokens.weight
+    maps = Path("/proc/self/maps").read_text().splitlines() if sys.platform == "linux" else []
+    ours = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps if str(folder) in line]
+    assert not maps or any(first <= embedding.data_ptr() < last for first, last in ours)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()  # or replaced: what is mapped stays
+    assert torch.equal(loaded.logits(IDS), expected)
+    assert loaded.plan.bytes_of("embedding") == 0
+    assert loaded.plan.bytes_of("embedding_rows") == embedding.nbytes  # a small one, touched all over
+    del loaded, linears, embedding
+    gc.collect()
+    assert sys.platform != "linux" or str(folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_the_native_kernels_do_not_run_is_never_mapped(packed: Path) -> None:
+    read = load_model(packed, backend="torch", mmap=True)
+    assert read.plan.bytes_of("embedding") == read.model.model.embed_tokens.weight.nbytes
+    assert torch.equal(read.logits(IDS), load_model(packed, backend="torch").logits(IDS))
+
+
+@needs_library
+def test_a_tied_embedding_is_read(tmp_path: Path) -> None:
+    folder = write_packed(tmp_path / "packed", head_bits=16)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    edit_tensors(folder, {"lm_head.weight": None})
+    mapped, read = load_model(folder, backend="native", mmap=True), load_model(folder, backend="native")
+    assert mapped.plan.weight_bytes == read.plan.weight_bytes
+    assert torch.equal(mapped.logits(IDS), read.logits(IDS))
 
 
 def test_progress_ends_at_all_bytes(packed: Path) -> None:

@@ -1,7 +1,8 @@
 """Products with packed weights in the native library.
 
-A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread. Up to 16
-tokens run a kernel that is bound by that stream, more tokens a blocked product on the integer units.
+A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread; or its
+values stay in their file, mapped into memory, and only scales and zero points are laid out. Up to 16 tokens run a kernel
+that is bound by the stream of values, more tokens a blocked product on the integer units.
 
 Activations are quantized on the fly to int8 or int16 per token and group of 64 (or 32), or kept as floats. int4 weights
 take int8 by default: what it adds to their own loss is negligible. int8 weights take int16, since int8 activations
@@ -11,16 +12,18 @@ would lose more than the weights did. `docs/quality.md` has the measurements.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glm4run.errors import CheckpointError, GenerationError
-from glm4run.kernels import LinearSpec, Prepacked, WeightSource
+from glm4run.kernels import LinearSpec, MappedFile, Prepacked, WeightSource
 from glm4run.kernels.cpu.library import G4Output, G4Stored, G4Weight, active_isa, native, why_missing
 from glm4run.qformat import num_groups, packed_width, unpack_zero_points
 from glm4run.quant_config import Kind
@@ -33,11 +36,12 @@ K_STEP = 32
 
 @dataclass(frozen=True, eq=False)
 class NativeWeight:
-    """A weight in panels. Its memory belongs to the library and is given back with this object."""
+    """A weight that the library can read. What is its own of that memory is given back with this object."""
 
     struct: G4Weight
     nbytes: int
     spec: LinearSpec
+    is_mapped: bool  # the values are the file's own pages
 
 
 class NativeBackend:
@@ -63,41 +67,28 @@ class NativeBackend:
         return f"native ({active_isa()}, {native().g4_threads()} threads)"
 
     def prepacked_bytes(self, spec: LinearSpec, stored_bytes: int) -> int:
-        scale_bytes = _scale_bytes(spec, stored_bytes)
-        code = 2 if scale_bytes == 4 else 0
-        return int(native().g4_prepacked_bytes(ctypes.byref(_struct(spec, code))))
+        code = 2 if _scale_bytes(spec, stored_bytes) == 4 else 0
+        return _kept_bytes(spec, _struct(spec, code))
 
     def prepack(self, weight: WeightSource, spec: LinearSpec) -> NativeWeight:
-        """Lays the weight out panel by panel, straight from its file where it lies in one: no second copy exists."""
+        """Lays the weight out panel by panel, straight from its file where it lies in one: no second copy exists.
+
+        Values whose file is mapped (`FileRange.mapping`) stay where they are.
+        """
         library = native()
         struct = _struct(spec, DTYPE_CODES[weight.scale_dtype])
-        nbytes = int(library.g4_prepacked_bytes(ctypes.byref(struct)))
-        address = library.g4_allocate(nbytes)
-        if not address:
-            raise MemoryError(f"{nbytes} bytes for a packed weight")
-        struct.data = address
-        prepacked = NativeWeight(struct, nbytes, spec)
-        weakref.finalize(prepacked, library.g4_free, address, nbytes)
+        memory = _Memory()
+        struct.side = memory.allocate(int(library.g4_side_bytes(ctypes.byref(struct))))
         scale, zero_words = weight.side_tensors()
         scale = scale.contiguous()
         zero_point = None
         if zero_words is not None:
             zero_point = unpack_zero_points(zero_words, spec.scheme.bits, spec.out_features)  # int8 [N, G]
-        stored = G4Stored(
-            scale=scale.data_ptr(),
-            zero_point=None if zero_point is None else zero_point.data_ptr(),
-            row_bytes=4 * packed_width(spec.in_features, spec.scheme.bits),
-        )
-        place = weight.location()
-        packed = None
-        if place is None:
-            packed = weight.whole().packed.contiguous()
-            stored.packed = packed.data_ptr()
-        else:
-            stored.descriptor, stored.offset = place.descriptor, place.offset
-        if library.g4_prepack(ctypes.byref(struct), ctypes.byref(stored), address) != 0:
-            assert place is not None
-            raise CheckpointError(f"{place.name} cannot be read to its end", hint="download the file again")
+        zero_address = None if zero_point is None else zero_point.data_ptr()
+        library.g4_lay_out_side(ctypes.byref(struct), scale.data_ptr(), zero_address, struct.side)
+        is_mapped = _take_values(weight, spec, struct, memory)
+        prepacked = NativeWeight(struct, _kept_bytes(spec, struct), spec, is_mapped)
+        weakref.finalize(prepacked, memory.release)
         return prepacked
 
     def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
@@ -131,6 +122,65 @@ class NativeBackend:
         return results
 
 
+@dataclass
+class _Memory:
+    """What a weight lies in: pieces of the library's memory, and the file that it is mapped from."""
+
+    pieces: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # address, bytes
+    mapping: MappedFile | None = None
+
+    def allocate(self, nbytes: int) -> int:
+        address: int | None = native().g4_allocate(nbytes)
+        if not address:
+            self.release()
+            raise MemoryError(f"{nbytes} bytes for a packed weight")
+        self.pieces.append((address, nbytes))
+        return address
+
+    def release(self) -> None:
+        """Gives it back when no thread can read it any more: `g4_free` waits for those that are late."""
+        for address, nbytes in self.pieces:
+            native().g4_free(address, nbytes)
+        self.pieces.clear()
+        self.mapping = None
+
+
+def _take_values(weight: WeightSource, spec: LinearSpec, struct: G4Weight, memory: _Memory) -> bool:
+    """Points `struct` at the weight's values; True where they stay in their file."""
+    width, whole = 4 * packed_width(spec.in_features, spec.scheme.bits), _row_bytes(spec)
+    place = weight.location() if width == whole else None
+    stored = G4Stored(row_bytes=whole)
+    if place is None:  # in memory, or rows that end early
+        packed = weight.whole().packed.contiguous()
+        if width != whole:
+            packed = F.pad(packed, (0, (whole - width) // 4))
+        stored.rows = packed.data_ptr()
+    elif place.mapping is not None:
+        struct.values, struct.row_bytes = place.mapping.address + place.offset, whole
+        memory.mapping = place.mapping
+        return True
+    else:
+        stored.descriptor, stored.offset = place.descriptor, place.offset
+    struct.values = memory.allocate(int(native().g4_laid_out_bytes(ctypes.byref(struct))))
+    if native().g4_lay_out(ctypes.byref(struct), ctypes.byref(stored), struct.values) != 0:
+        assert place is not None
+        memory.release()
+        raise CheckpointError(f"{place.name} cannot be read to its end", hint="download the file again")
+    return False
+
+
+def _row_bytes(spec: LinearSpec) -> int:
+    """Of a row that reaches to a multiple of 32 columns."""
+    return -(-spec.in_features // K_STEP) * K_STEP * spec.scheme.bits // 8
+
+
+def _kept_bytes(spec: LinearSpec, struct: G4Weight) -> int:
+    """Scales, and values as they lie: in their file, or in panels (which `struct` before it has any values means)."""
+    library, reference = native(), ctypes.byref(struct)
+    values = spec.out_features * struct.row_bytes if struct.row_bytes else int(library.g4_laid_out_bytes(reference))
+    return values + int(library.g4_side_bytes(reference))
+
+
 def _go_together(weights: Sequence[Prepacked]) -> bool:
     """Whether the weights read the same activations in the same form (`activation_group` in src/layout.h)."""
     native_weights = [weight for weight in weights if isinstance(weight, NativeWeight)]
@@ -147,7 +197,9 @@ def _activation_bits(spec: LinearSpec) -> int:
 
 def _struct(spec: LinearSpec, scale_code: int) -> G4Weight:
     return G4Weight(
-        data=None,
+        side=None,
+        values=None,
+        row_bytes=0,
         rows=spec.out_features,
         columns=spec.in_features,
         bits=spec.scheme.bits,

@@ -22,10 +22,12 @@ WITHOUT = "none"
 
 
 class G4Weight(Structure):
-    """A prepacked weight; `src/abi.h` explains the fields."""
+    """A weight; `src/abi.h` explains the fields."""
 
     _fields_ = (
-        ("data", c_void_p),
+        ("side", c_void_p),
+        ("values", c_void_p),
+        ("row_bytes", c_int64),
         ("rows", c_int64),
         ("columns", c_int64),
         ("bits", c_int32),
@@ -37,16 +39,9 @@ class G4Weight(Structure):
 
 
 class G4Stored(Structure):
-    """A packed weight as it stands in the file."""
+    """Where a weight's values are stored: in memory or in a file."""
 
-    _fields_ = (
-        ("packed", c_void_p),
-        ("scale", c_void_p),
-        ("zero_point", c_void_p),
-        ("row_bytes", c_int64),
-        ("offset", c_int64),
-        ("descriptor", c_int32),
-    )
+    _fields_ = (("rows", c_void_p), ("row_bytes", c_int64), ("offset", c_int64), ("descriptor", c_int32))
 
 
 class G4Output(Structure):
@@ -117,8 +112,10 @@ _SIGNATURES = {
     "g4_allocate": (c_void_p, (c_int64,)),
     "g4_free": (None, (c_void_p, c_int64)),
     "g4_read": (c_uint64, (c_void_p, c_int64, c_int64)),
-    "g4_prepacked_bytes": (c_int64, (POINTER(G4Weight),)),
-    "g4_prepack": (c_int32, (POINTER(G4Weight), POINTER(G4Stored), c_void_p)),
+    "g4_laid_out_bytes": (c_int64, (POINTER(G4Weight),)),
+    "g4_lay_out": (c_int32, (POINTER(G4Weight), POINTER(G4Stored), c_void_p)),
+    "g4_side_bytes": (c_int64, (POINTER(G4Weight),)),
+    "g4_lay_out_side": (None, (POINTER(G4Weight), c_void_p, c_void_p, c_void_p)),
     "g4_linear": (c_int32, (c_void_p, c_int64, c_int32, c_int64, POINTER(G4Output), c_int32)),
     "g4_stack": (
         c_int32,

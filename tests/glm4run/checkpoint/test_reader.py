@@ -53,6 +53,28 @@ def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
         assert float(reader.read("model.norm.weight").abs().sum()) > 0
 
 
+def test_mapped_tensors_are_those_that_are_read_and_outlive_the_reader(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, shards=2)
+    with CheckpointReader(folder, read_config(folder)) as reader:
+        mapped = {name: reader.mapped(name) for name in reader.sources}
+        expected = {name: reader.read(name) for name in reader.sources}
+        assert reader.mapping("lm_head.weight") is reader.mapping("lm_head.weight")
+    for name, tensor in mapped.items():
+        assert tensor is not None
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_files_that_cannot_be_mapped_are_left_to_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no such device")
+
+    folder = write_checkpoint(tmp_path)
+    monkeypatch.setattr("glm4run.checkpoint.reader.mmap.mmap", refuse)
+    with CheckpointReader(folder, read_config(folder)) as reader:
+        assert reader.mapped("lm_head.weight") is None
+        assert reader.mapping("lm_head.weight") is None
+
+
 def test_opening_fails_with_all_problems_at_once(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
     edit_json(folder / "config.json", intermediate_size=96)

@@ -7,10 +7,12 @@ Exact activations are compared with the exact product. Quantized ones are compar
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glm4run.checkpoint.reader import FileMapping
 from glm4run.errors import CheckpointError
 from glm4run.kernels import Activations, FileRange, load_backend
 from glm4run.kernels.cpu import backend as native_backend
@@ -36,7 +39,7 @@ pytestmark = needs_library
 BATCHES = (1, 2, 3, 5, 7, 8, 9, 16, 17, 33, 130)
 GROUPED_SHAPES = ((1, 128), (33, 256), (5, 13696))
 WHOLE_ROW_SHAPES = ((1, 7), (17, 100), (33, 256), (2, 1000), (5, 13696))  # one scale a row: K need not be a multiple
-QUANTIZED: dict[Activations, float] = {"int8": 127.0, "int16": 32767.0}  # the largest integer
+QUANTIZED: dict[Activations, float] = {"int8": 127.0, "int16": 127.0 * 256 + 127}  # the largest integer
 EVERY: tuple[Activations, ...] = ("int8", "int16", "bf16")
 # Sums of 13696 floats in some order; int16 puts sums above 2^24 into floats.
 FROBENIUS, MAX_ABS = 2e-6, 4e-6
@@ -535,17 +538,15 @@ def test_instruction_sets_agree(group_size: int | None, bits: int, activations: 
 # Memory
 
 
-def panels(case: Case) -> bytes:
-    """The bytes of a prepacked weight, written down value by value from the description in src/layout.h."""
+def side_of(case: Case) -> bytes:
+    """Scales and zero points, written down value by value from the description in src/layout.h."""
     weight = case.weight
-    N, K, bits = weight.out_features, weight.in_features, weight.scheme.bits
-    q = unpack(weight.packed, bits, K).tolist()
+    N, bits = weight.out_features, weight.scheme.bits
     zero_point = weight.zero_point
     zero_points = None if zero_point is None else unpack_zero_points(zero_point, bits, N).tolist()
     scale_bytes = weight.scale.element_size()
     flat = ctypes.string_at(weight.scale.contiguous().data_ptr(), weight.scale.numel() * scale_bytes)
     G = weight.scale.shape[1]
-    padded = -(-K // 32) * 32
     out = bytearray()
     for first in range(0, N, 16):
         panel = bytearray()
@@ -557,20 +558,39 @@ def panels(case: Case) -> bytes:
         if zero_points is not None:
             for g in range(G):
                 panel += bytes(zero_points[n][g] + (1 << (bits - 1)) if n < N else 0 for n in rows)
-        panel += bytes(-len(panel) % 64)
-
-        def value(n: int, k: int) -> int:
-            return int(q[n][k]) if n < N and k < K else 0
-
-        for k in range(0, padded, 8 if bits == 4 else 4):
-            for n in rows:
-                for j in range(4):
-                    if bits == 4:
-                        panel.append((value(n, k + j) + 8) | (value(n, k + 4 + j) + 8) << 4)
-                    else:
-                        panel.append(value(n, k + j) & 0xFF)
         out += panel + bytes(-len(panel) % 64)
     return bytes(out)
+
+
+def rows_of(case: Case) -> list[bytes]:
+    """Values as in the file, rows of whole 32 columns."""
+    weight = case.weight
+    padded = -(-weight.in_features // 32) * 4 * weight.scheme.bits
+    return [bytes(row.numpy().tobytes()).ljust(padded, b"\0") for row in weight.packed]
+
+
+def laid_out(rows: list[bytes]) -> bytes:
+    """Panels of 16 rows, in words of 32 bits."""
+    width = len(rows[0])
+    rows = [*rows, *[bytes(width)] * (-len(rows) % 16)]
+    panels = (rows[first : first + 16] for first in range(0, len(rows), 16))
+    words = (b"".join(row[at : at + 4] for at in range(0, width, 4) for row in panel) for panel in panels)
+    return b"".join(panel + bytes(-len(panel) % 64) for panel in words)
+
+
+def assert_lies_as_described(weight: NativeWeight, case: Case) -> None:
+    side, rows = side_of(case), rows_of(case)
+    assert weight.struct.side is not None
+    assert weight.struct.side % 64 == 0
+    assert ctypes.string_at(weight.struct.side, len(side)) == side
+    assert weight.struct.row_bytes == (len(rows[0]) if weight.is_mapped else 0)
+    values = b"".join(rows) if weight.is_mapped else laid_out(rows)
+    assert ctypes.string_at(weight.struct.values, len(values)) == values
+    assert weight.nbytes == len(side) + len(values)
+    if not weight.is_mapped:
+        assert weight.struct.values is not None
+        assert weight.struct.values % 64 == 0
+        assert NativeBackend().prepacked_bytes(weight.spec, case.weight.nbytes) == weight.nbytes
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
@@ -589,29 +609,19 @@ def panels(case: Case) -> bytes:
     ],
 )
 @each_bits
-def test_panels_lie_as_described(
+def test_weights_lie_as_described(
     bits: int, N: int, K: int, group_size: int | None, symmetric: bool, scale_dtype: torch.dtype
 ) -> None:
     scheme = QuantScheme(bits, group_size, symmetric)
     case = make_case(N, K, scheme, scale_dtype)
-    weight = prepacked(case, "int8")
-    data = weight.struct.data
-    assert data is not None
-    assert data % 64 == 0
-    expected = panels(case)
-    assert weight.nbytes == len(expected)
-    assert ctypes.string_at(data, weight.nbytes) == expected
-    assert NativeBackend().prepacked_bytes(weight.spec, case.weight.nbytes) == weight.nbytes
+    assert_lies_as_described(prepacked(case, "int8"), case)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
 def test_prepacking_with_threads_gives_the_same_bytes(threads: int) -> None:
     case = make_case(1000, 64, QuantScheme(4, 32, symmetric=False), torch.bfloat16)
-    alone = prepacked(case, "int8")
     native().g4_set_threads(threads)
-    shared = prepacked(case, "int8")
-    assert shared.struct.data != alone.struct.data
-    assert ctypes.string_at(shared.struct.data, shared.nbytes) == ctypes.string_at(alone.struct.data, alone.nbytes)
+    assert_lies_as_described(prepacked(case, "int8"), case)
 
 
 def test_prepacking_keeps_nothing_of_the_weight() -> None:
@@ -644,13 +654,15 @@ class WeightInFile:
 
     weight: PackedWeight
     place: FileRange
+    in_memory: PackedWeight | None = None  # where it may be asked for
 
     @property
     def scale_dtype(self) -> torch.dtype:
         return self.weight.scale.dtype
 
     def whole(self) -> PackedWeight:
-        raise AssertionError("read into memory")
+        assert self.in_memory is not None, "read into memory"
+        return self.in_memory
 
     def side_tensors(self) -> tuple[Tensor, Tensor | None]:
         return self.weight.scale, self.weight.zero_point
@@ -662,22 +674,51 @@ class WeightInFile:
         return self.place
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize(("N", "K", "group_size"), [(1, 64, 32), (33, 128, 64), (50, 77, None), (200, 256, 128)])
+@pytest.mark.parametrize("mapped", [False, True], ids=["read", "mapped"])
+@pytest.mark.parametrize(("N", "K", "group_size"), [(1, 64, 32), (33, 128, 64), (200, 256, 128), (300, 1024, None)])
+@each_isa
 @each_bits
-def test_a_weight_is_laid_out_straight_from_its_file(
-    bits: int, N: int, K: int, group_size: int | None, threads: int, tmp_path: Path
+def test_a_weight_is_taken_straight_from_its_file(
+    bits: int, isa: str, N: int, K: int, group_size: int | None, mapped: bool, tmp_path: Path
 ) -> None:
     case = make_case(N, K, QuantScheme(bits, group_size, symmetric=False), torch.bfloat16)
-    values = case.weight.packed.numpy().tobytes()
     path = tmp_path / "weights"
-    path.write_bytes(b"x" * 37 + values + b"x" * 5)
-    expected = panels(case)
-    native().g4_set_threads(threads)
+    path.write_bytes(b"x" * 37 + case.weight.packed.numpy().tobytes())
+    native().g4_set_threads(3)
     with path.open("rb") as file:
-        source = WeightInFile(case.weight, FileRange(file.fileno(), 37, path.name))
+        mapping = FileMapping(file) if mapped else None
+        source = WeightInFile(case.weight, FileRange(file.fileno(), 37, path.name, mapping))
         weight = NativeBackend().prepack(source, spec_for(case, "int8"))
-    assert ctypes.string_at(weight.struct.data, weight.nbytes) == expected
+    path.unlink()  # or replaced: what is open or mapped stays
+    assert weight.is_mapped is mapped
+    assert_lies_as_described(weight, case)
+    for activations in EVERY:
+        spec = spec_for(case, activations)
+        in_memory = prepacked(case, activations)
+        weight.struct.activations = in_memory.struct.activations
+        with running(isa, threads=2):
+            for tokens in (1, 3, 8, 16, 40):
+                x = inputs_with_outliers(tokens, K, torch.float32)
+                assert same_bits(product(x, weight), product(x, in_memory)), (spec, tokens)
+    held = None if mapping is None else weakref.ref(mapping)
+    del mapping, source
+    gc.collect()
+    assert held is None or held() is not None
+    del weight
+    gc.collect()
+    assert held is None or held() is None
+
+
+@each_isa
+@each_bits
+def test_rows_that_do_not_reach_to_whole_words_of_columns_are_copied(bits: int, isa: str, tmp_path: Path) -> None:
+    case = make_case(50, 77, QuantScheme(bits, None), torch.bfloat16)
+    source = WeightInFile(case.weight, FileRange(-1, 0, "unread"), in_memory=case.weight)
+    weight = NativeBackend().prepack(source, spec_for(case, "int8"))
+    assert_lies_as_described(weight, case)
+    with running(isa):
+        x, expected = prepare(inputs_with_outliers(3, 77, torch.float32), case, "int8")
+        assert_close(product(x, weight), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

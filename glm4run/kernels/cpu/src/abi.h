@@ -14,9 +14,11 @@
 
 enum G4Dtype : int32_t { G4_BF16 = 0, G4_FP16 = 1, G4_FP32 = 2 };
 
-// A prepacked weight [N, K]; see layout.h for the order of its bytes.
+// A weight [N, K]; see layout.h for the order of its bytes.
 struct G4Weight {
-    const uint8_t* data;
+    const uint8_t* side;   // scales and zero points, in panels
+    const uint8_t* values; // rows of `row_bytes` as in the file, at least up to a multiple of 32 columns; or laid out
+    int64_t row_bytes;     // 0: laid out
     int64_t rows;        // N
     int64_t columns;     // K
     int32_t bits;        // 4 or 8
@@ -26,13 +28,11 @@ struct G4Weight {
     int32_t activations; // bits that activations are quantized to on the fly: 8 or 16; 0: they stay floats
 };
 
-// The same weight as it stands in the file (format: docs/format.md).
+// Where a weight's values are stored: rows in memory, or null and in the file open as `descriptor`.
 struct G4Stored {
-    const uint8_t* packed;    // rows of `row_bytes`: little-endian words, lowest k in the lowest bits; null: in a file
-    const uint8_t* scale;     // [N, G] in scale_dtype
-    const int8_t* zero_point; // signed [N, G], or null
+    const uint8_t* rows;
     int64_t row_bytes;
-    int64_t offset;     // of the first row, in the file open as `descriptor`
+    int64_t offset; // of the first row, in the file
     int32_t descriptor;
 };
 

@@ -4,7 +4,7 @@
 #include "layout.h"
 
 // Activations [M, K], quantized in groups of `group` columns: x = scale * q, group by group so that a group of all
-// tokens is one piece of memory. q int8 or int16 [G][M][group], scale float [G][M], sum int32 [G][M]: of q, times
+// tokens is one piece of memory. q int8 or int16 (or its bytes: SPLIT_INT16) [G][M][group], scale float [G][M], sum int32 [G][M]: of q, times
 // `sum_factor`. Sums of products start from it, so that the zero point of a symmetric weight costs nothing.
 struct QuantizedRows {
     void* q;
@@ -13,6 +13,7 @@ struct QuantizedRows {
     int64_t tokens, columns, group; // columns as in x; padded with zeros to whole groups
     int32_t bits;                   // 8 or 16
     int32_t sum_factor;             // symmetric weights: minus what their values lie above the true ones; else -1
+    bool nibbles;                   // for int4 weights: of each eight columns the even ones come first
 
     const int8_t* bytes(int64_t at) const { return static_cast<const int8_t*>(q) + at * group; }
     const int16_t* words(int64_t at) const { return static_cast<const int16_t*>(q) + at * group; }
@@ -65,17 +66,31 @@ struct GemmBlock {
     int64_t first_token, last_token, first_group, last_group;
 };
 
+// 16 rows of a weight: their scales, and their values as the weight has them.
+struct PanelPlace {
+    const uint8_t* side;
+    const uint8_t* values;
+};
+
+// The same with values that are laid out.
+struct PanelWords {
+    const uint8_t* side;
+    const uint8_t* words;
+};
+
 struct Kernels {
     const char* name;
     int32_t q8_offset; // what int8 values lie above the true ones in a product with int8 activations
     // Rows first..last of x into `out`; `x` has `out.columns` columns.
     void (*quantize)(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out);
-    // For few tokens: streams `count` panels one after the other; out float [count][M][16].
-    void (*decode_panels)(const G4Weight& w, const uint8_t* panels, int64_t count, const QuantizedRows& x, float* out);
+    // For few tokens: `count` panels one after the other, of which all have 16 rows; out float [count][M][16].
+    void (*decode_panels)(const G4Weight& w, PanelPlace first, int64_t count, const QuantizedRows& x, float* out);
+    // 16 rows, `row_bytes` apart, into a panel of words_bytes, 64-byte aligned.
+    void (*lay_out)(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, uint8_t* out);
     // For many: adds a block of the product with one panel to out float [M][16].
-    void (*gemm_panel)(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, const GemmBlock& block, float* out);
+    void (*gemm_panel)(const G4Weight& w, PanelWords panel, const QuantizedRows& x, const GemmBlock& block, float* out);
     // Exact activations: out float [M][16].
-    void (*exact_panel)(const G4Weight& w, const uint8_t* panel, const FloatRows& x, float* out);
+    void (*exact_panel)(const G4Weight& w, PanelWords panel, const FloatRows& x, float* out);
     // Sums float [M][16] of a panel's first `rows` rows, with their bias, to y [M, stride].
     void (*write_panel)(const float* sums, int64_t tokens, int64_t rows, const void* bias, int32_t dtype, void* y,
                         int64_t stride);

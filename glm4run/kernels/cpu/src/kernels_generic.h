@@ -19,6 +19,7 @@ using Float = Isa::Float;
 using Int = Isa::Int;
 
 constexpr int64_t LANES = 16;
+constexpr float INT16_LIMIT = 127 * 256 + 127; // the largest number whose bytes are both signed
 constexpr float ROUND_MAGIC = 12582912.0f; // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
 constexpr int32_t ROUND_MAGIC_BITS = 0x4B400000;
 
@@ -105,21 +106,46 @@ void quantize_group(const float* x, int64_t count, float limit, int32_t factor, 
     *sum = total * factor;
 }
 
+// Of each eight columns those of the low nibbles of a word, then those of the high ones.
+inline void nibble_order(const float* in, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += 8)
+        for (int64_t j = 0; j < 4; j++) {
+            out[i + j] = in[i + 2 * j];
+            out[i + 4 + j] = in[i + 2 * j + 1];
+        }
+}
+
+// Four 16-bit integers as their high bytes and their low ones, both signed: x = 256 high + low. In place.
+inline void split_bytes(int16_t* q, int64_t count) {
+    for (int64_t i = 0; i < count; i += 4) {
+        int8_t bytes[8];
+        for (int64_t j = 0; j < 4; j++) {
+            const int32_t x = q[i + j], low = int8_t(x & 255);
+            bytes[j] = int8_t((x - low) >> 8);
+            bytes[4 + j] = int8_t(low);
+        }
+        memcpy(q + i, bytes, 8);
+    }
+}
+
 void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out) {
-    float wide[64];
+    float plain[64], ordered[64];
+    const float* wide = out.nibbles ? ordered : plain;
     for (int64_t m = first; m < last; m++) {
         const char* row = static_cast<const char*>(x.data) + m * x.stride * dtype_bytes(x.dtype);
         for (int64_t g = 0; g < out.groups(); g++) {
             const int64_t start = g * out.group, count = smaller(out.group, out.columns - start);
             const int64_t at = g * out.tokens + m;
-            to_float(row + start * dtype_bytes(x.dtype), x.dtype, count, wide);
-            for (int64_t i = count; i < out.group; i++) wide[i] = 0.0f;
+            to_float(row + start * dtype_bytes(x.dtype), x.dtype, count, plain);
+            for (int64_t i = count; i < out.group; i++) plain[i] = 0.0f;
+            if (out.nibbles) nibble_order(plain, out.group, ordered);
             if (out.bits == 8) {
                 int8_t* q = static_cast<int8_t*>(out.q) + at * out.group;
                 quantize_group(wide, out.group, 127.0f, out.sum_factor, q, out.scale + at, out.sum + at);
             } else {
                 int16_t* q = static_cast<int16_t*>(out.q) + at * out.group;
-                quantize_group(wide, out.group, 32767.0f, out.sum_factor, q, out.scale + at, out.sum + at);
+                quantize_group(wide, out.group, INT16_LIMIT, out.sum_factor, q, out.scale + at, out.sum + at);
+                if constexpr (Isa::SPLIT_INT16) split_bytes(q, out.group);
             }
         }
     }
@@ -127,28 +153,20 @@ void quantize(const Rows& x, int64_t first, int64_t last, const QuantizedRows& o
 
 // Products of panels
 
-// Where the parts of a panel are, and what its integer sums must be corrected by.
+// What the sums of a panel's integers are corrected and multiplied by.
 struct Panel {
     const uint8_t* scales;
     const uint8_t* zero_points; // null: symmetric
-    const uint8_t* values;
     int64_t scale_groups;
     int64_t scale_bytes; // of 16
     int32_t dtype;
     int32_t offset; // what the kernel's values lie above the true ones
     int32_t half;   // what the stored zero points lie above the true ones
 
-    Panel(const G4Weight& w, const uint8_t* panel, int32_t value_offset)
-        : scales(panel), zero_points(w.asymmetric ? panel + zero_points_offset(w) : nullptr),
-          values(panel + values_offset(w)), scale_groups(weight_groups(w)),
-          scale_bytes(LANES * dtype_bytes(w.scale_dtype)), dtype(w.scale_dtype), offset(value_offset),
-          half(1 << (w.bits - 1)) {}
-
-    void move(int64_t bytes) {
-        scales += bytes;
-        values += bytes;
-        if (zero_points != nullptr) zero_points += bytes;
-    }
+    Panel(const G4Weight& w, const uint8_t* side, int32_t value_offset)
+        : scales(side), zero_points(w.asymmetric ? side + zero_points_offset(w) : nullptr),
+          scale_groups(weight_groups(w)), scale_bytes(LANES * dtype_bytes(w.scale_dtype)), dtype(w.scale_dtype),
+          offset(value_offset), half(1 << (w.bits - 1)) {}
 };
 
 // A group of the weight: its scales, and its zero points as the sums see them.
@@ -179,12 +197,13 @@ inline Float add_scaled(const GroupScale& group, float x_scale, Int sums, Float 
     return Isa::fma(Isa::mul(group.scale, Isa::set1(x_scale)), Isa::to_float(sums), total);
 }
 
-// The three products of integers. Each adds (value + offset) * x over one group to T tokens' sums. GROUP is x.group: as
-// a constant it makes every token's distance one, and the tokens share a register for their address.
+// The three products of integers. Each adds (value + offset) * x over one group to T tokens' sums, of values as they are
+// stored (`RowWords`) or laid out (`PanelWords`). GROUP is x.group: as a constant it makes every token's distance one,
+// and the tokens share a register for their address.
 enum Form { INT4_INT8, INT8_INT8, INT8_INT16 };
 
-template <Form FORM, int GROUP, int T, typename Q>
-inline void dot(const uint8_t* w, const Q* x, Int (&sums)[T]) {
+template <Form FORM, int GROUP, int T, typename W, typename Q>
+inline void dot(W w, const Q* x, Int (&sums)[T]) {
     if constexpr (FORM == INT4_INT8) Isa::template dot_q4<T>(w, x, GROUP, GROUP, sums);
     if constexpr (FORM == INT8_INT8) Isa::template dot_q8<T>(w, x, GROUP, GROUP, sums);
     if constexpr (FORM == INT8_INT16) Isa::template dot_q8_x16<T>(w, x, GROUP, GROUP, sums);
@@ -210,38 +229,60 @@ struct Cursor {
     }
 };
 
-// T tokens' products with P neighbouring panels, `stride` bytes apart: P streams at once, where the memory's own
-// prefetchers keep more of them under way than of one. `each` groups of activations meet one scale.
-template <Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
-G4_NOINLINE void decode_tokens(const Panel& p, int64_t stride, int64_t each, const QuantizedRows& x, int64_t token,
-                               float* out) {
+// A panel's words, `bytes` of each row at a time. PANELS: how many of them are read at once.
+struct RowStream {
+    static constexpr int PANELS = 1; // 16 rows are streams enough
+    const uint8_t* at;
+    int64_t row_bytes;
+
+    RowStream(const G4Weight& w, const uint8_t* values) : at(values), row_bytes(w.row_bytes) {}
+    RowWords words(int64_t offset) const { return {at + offset, row_bytes}; }
+    void move(int64_t bytes) { at += bytes; }
+};
+
+struct LaidOutStream {
+    static constexpr int PANELS = Isa::DECODE_PANELS;
+    const uint8_t* at;
+
+    LaidOutStream(const G4Weight&, const uint8_t* values) : at(values) {}
+    LaidOut words(int64_t offset) const { return {at + offset}; }
+    void move(int64_t bytes) { at += LANES * bytes; }
+};
+
+// T tokens' products with P neighbouring panels: of laid out ones P streams at once, where the memory's own prefetchers
+// keep more of them under way than of one. With one panel the next is fetched into the second-level cache meanwhile:
+// fetching into the first would wait for its few buffers. `each` groups of activations meet one scale.
+template <typename STREAM, Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
+G4_NOINLINE void decode_tokens(const Panel& p, const G4Weight& weight, const uint8_t* values, const QuantizedRows& x,
+                               int64_t token, float* out) {
     constexpr int BITS = FORM == INT4_INT8 ? 4 : 8;
-    constexpr int64_t BYTES = GROUP * LANES * BITS / 8;
+    constexpr int64_t ROW_BYTES = GROUP * BITS / 8, BYTES = ROW_BYTES * LANES;
+    const int64_t each = x.groups() / p.scale_groups, stride = panel_stride(weight), side = side_bytes(weight);
     Cursor<FORM, GROUP> at(x, 0, token);
     Float totals[P][T];
     for (int i = 0; i < P; i++)
         for (int t = 0; t < T; t++) totals[i][t] = Isa::zero();
-    const uint8_t* w = p.values;
-    const uint8_t* const end = w + p.scale_groups * each * BYTES;
+    STREAM stream(weight, values);
+    const uint8_t* next = values + stride;
     const uint8_t* scales = p.scales;
     const uint8_t* zero_points = p.zero_points;
     const int64_t scale_bytes = p.scale_bytes;
     const int32_t dtype = p.dtype;
     const Int zero_offset = Isa::int_set1(p.half - p.offset);
-    for (int64_t left = each; w < end; w += BYTES, at.next_group()) {
+    int64_t left = each;
+    for (int64_t groups = p.scale_groups * each; groups > 0; groups--, stream.move(ROW_BYTES), at.next_group()) {
+        if (Isa::PREFETCH && P == 1 && token == 0)
+            for (int64_t ahead = 0; ahead < BYTES; ahead += 64, next += 64) Isa::prefetch_further(next);
 #pragma GCC unroll 4
         for (int i = 0; i < P; i++) {
-            const uint8_t* values = w + i * stride;
-            if constexpr (Isa::PREFETCH_BYTES != 0 && P == 1)
-                for (int64_t ahead = 0; ahead < BYTES; ahead += 64) Isa::prefetch(values + ahead + Isa::PREFETCH_BYTES);
             Int sums[T];
             for (int t = 0; t < T; t++) {
                 sums[t] = Isa::int_set1(at.sum[t]);
                 if constexpr (!SYMMETRIC)
-                    sums[t] = Isa::int_mul(Isa::int_sub(Isa::load_bytes(zero_points + i * stride), zero_offset), sums[t]);
+                    sums[t] = Isa::int_mul(Isa::int_sub(Isa::load_bytes(zero_points + i * side), zero_offset), sums[t]);
             }
-            dot<FORM, GROUP, T>(values, at.q, sums);
-            const Float scale = Isa::load_scales(scales + i * stride, dtype);
+            dot<FORM, GROUP, T>(stream.words(i * stride), at.q, sums);
+            const Float scale = Isa::load_scales(scales + i * side, dtype);
             for (int t = 0; t < T; t++)
                 totals[i][t] = Isa::fma(Isa::mul(scale, Isa::set1(at.scale[t])), Isa::to_float(sums[t]), totals[i][t]);
         }
@@ -255,34 +296,64 @@ G4_NOINLINE void decode_tokens(const Panel& p, int64_t stride, int64_t each, con
 }
 
 // `tokens` from `token` on with P panels: T at a time, and what is left in fewer. Many tokens' sums leave registers for
-// few panels only.
-template <Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
-inline void decode_some(Panel p, int64_t stride, int64_t each, const QuantizedRows& x, int64_t token, float* out) {
+// one panel only.
+template <typename STREAM, Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
+inline void decode_some(const G4Weight& w, PanelPlace place, int32_t offset, const QuantizedRows& x, int64_t token,
+                        float* out) {
     constexpr int WIDE = T > 4 ? 1 : P;
-    for (; token + T <= x.tokens; token += T) {
-        Panel part = p;
-        for (int i = 0; i < P; i += WIDE, part.move(WIDE * stride))
-            decode_tokens<FORM, GROUP, T, WIDE, SYMMETRIC>(part, stride, each, x, token,
-                                                           out + (i * x.tokens + token) * LANES);
-    }
-    if constexpr (T > 1) decode_some<FORM, GROUP, T / 2, P, SYMMETRIC>(p, stride, each, x, token, out);
+    for (; token + T <= x.tokens; token += T)
+        for (int i = 0; i < P; i += WIDE)
+            decode_tokens<STREAM, FORM, GROUP, T, WIDE, SYMMETRIC>(
+                Panel(w, place.side + i * side_bytes(w), offset), w, place.values + i * panel_stride(w), x, token,
+                out + (i * x.tokens + token) * LANES);
+    if constexpr (T > 1) decode_some<STREAM, FORM, GROUP, T / 2, P, SYMMETRIC>(w, place, offset, x, token, out);
 }
 
 // P panels at a time while there are as many.
-template <Form FORM, int GROUP, int P, bool SYMMETRIC>
-inline void decode_run(Panel& p, int64_t& count, int64_t stride, const QuantizedRows& x, float*& out) {
-    const int64_t each = x.groups() / p.scale_groups;
-    for (; count >= P; count -= P, p.move(P * stride), out += P * x.tokens * LANES)
-        decode_some<FORM, GROUP, Isa::DECODE_TOKENS, P, SYMMETRIC>(p, stride, each, x, 0, out);
+template <typename STREAM, Form FORM, int GROUP, int P>
+inline void decode_run(const G4Weight& w, PanelPlace& place, int64_t& count, int32_t offset, const QuantizedRows& x,
+                       float*& out) {
+    for (; count >= P; count -= P, out += P * x.tokens * LANES) {
+        if (w.asymmetric) {
+            decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, false>(w, place, offset, x, 0, out);
+        } else {
+            decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, true>(w, place, offset, x, 0, out);
+        }
+        place.side += P * side_bytes(w);
+        place.values += P * panel_stride(w);
+    }
 }
 
-template <Form FORM, int GROUP, bool SYMMETRIC>
-void decode_panels_form(Panel p, int64_t count, int64_t stride, const QuantizedRows& x, float* out) {
-    if constexpr (Isa::DECODE_PANELS > 1) decode_run<FORM, GROUP, Isa::DECODE_PANELS, SYMMETRIC>(p, count, stride, x, out);
-    decode_run<FORM, GROUP, 1, SYMMETRIC>(p, count, stride, x, out);
+template <typename STREAM, Form FORM, int GROUP>
+void decode_stream(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x, float* out) {
+    if constexpr (STREAM::PANELS > 1) decode_run<STREAM, FORM, GROUP, STREAM::PANELS>(w, place, count, offset, x, out);
+    decode_run<STREAM, FORM, GROUP, 1>(w, place, count, offset, x, out);
 }
 
-// A group of some tokens: `w` is the group as the panel holds it, or its int4 values unpacked to bytes.
+template <Form FORM, int GROUP>
+void decode_panels_form(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x,
+                        float* out) {
+    is_laid_out(w) ? decode_stream<LaidOutStream, FORM, GROUP>(w, place, count, offset, x, out)
+                   : decode_stream<RowStream, FORM, GROUP>(w, place, count, offset, x, out);
+}
+
+// What the values lie above the true ones where they meet 8 or 16 bits of activations.
+inline int32_t value_offset(const G4Weight& w, int32_t x_bits) {
+    return w.bits == 4 ? 8 : x_bits == 8 ? Isa::Q8_OFFSET : 128;
+}
+
+void lay_out(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
+    const int64_t fours = padded_row_bytes(w) / 16;
+    for (int64_t i = 0; i < fours; i++, out += 256) {
+        Int words[4];
+        Isa::four_words(RowWords{rows, row_bytes}, i, words);
+        for (int j = 0; j < 4; j++) Isa::int_store(reinterpret_cast<int32_t*>(out + 64 * j), words[j]);
+        if (Isa::PREFETCH)
+            for (int j = 0; j < 4; j++) Isa::prefetch_further(rows + LANES * row_bytes + 256 * i + 64 * j);
+    }
+}
+
+// A group of some tokens: `w` is the group as laid out, or its int4 values unpacked to bytes.
 template <Form FORM, int GROUP, int T>
 inline void gemm_tile(const GroupScale& scale, const uint8_t* w, const Cursor<FORM, GROUP>& at, int64_t t, float* out) {
     Int sums[T];
@@ -290,7 +361,7 @@ inline void gemm_tile(const GroupScale& scale, const uint8_t* w, const Cursor<FO
     if constexpr (FORM == INT4_INT8) {
         Isa::template gemm_u4<T>(w, at.q + t * GROUP, GROUP, GROUP, sums);
     } else {
-        dot<FORM, GROUP, T>(w, at.q + t * GROUP, sums);
+        dot<FORM, GROUP, T>(LaidOut{w}, at.q + t * GROUP, sums);
     }
     const float* scales = at.scale + t;
     float* target = out + t * LANES;
@@ -308,7 +379,7 @@ inline void gemm_tiles(const GroupScale& scale, const uint8_t* w, const Cursor<F
 
 // A group of the weight is unpacked once and met by all of the block's tokens.
 template <Form FORM, int GROUP, bool UNPACK>
-void gemm_panel_form(const Panel& p, const QuantizedRows& x, const GemmBlock& block, float* out) {
+void gemm_panel_form(const Panel& p, const uint8_t* words, const QuantizedRows& x, const GemmBlock& block, float* out) {
     constexpr int T = FORM == INT8_INT16 ? Isa::GEMM_TOKENS_X16 : Isa::GEMM_TOKENS;
     constexpr int BITS = UNPACK ? 4 : 8;
     alignas(64) uint8_t unpacked[GROUP * LANES];
@@ -317,7 +388,7 @@ void gemm_panel_form(const Panel& p, const QuantizedRows& x, const GemmBlock& bl
     float* first = out + block.first_token * LANES;
     for (int64_t g = block.first_group; g < block.last_group; g++, at.next_group()) {
         const GroupScale scale(p, g / each);
-        const uint8_t* w = p.values + g * bytes;
+        const uint8_t* w = words + g * bytes;
         if constexpr (UNPACK) {
             Isa::unpack_q4(w, unpacked, GROUP);
             w = unpacked;
@@ -327,44 +398,37 @@ void gemm_panel_form(const Panel& p, const QuantizedRows& x, const GemmBlock& bl
 }
 
 template <int GROUP>
-void gemm_panel_group(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, const GemmBlock& block, float* out) {
+void gemm_panel_group(const G4Weight& w, PanelWords at, const QuantizedRows& x, const GemmBlock& block, float* out) {
+    const Panel p(w, at.side, value_offset(w, x.bits));
     if (w.bits == 4 && x.bits == 8) {
-        gemm_panel_form<INT4_INT8, GROUP, true>(Panel(w, panel, 8), x, block, out);
-    } else if (w.bits == 4) { // u in 0..15 is the same signed or not
-        gemm_panel_form<INT8_INT16, GROUP, true>(Panel(w, panel, 8), x, block, out);
+        gemm_panel_form<INT4_INT8, GROUP, true>(p, at.words, x, block, out);
+    } else if (w.bits == 4) {
+        gemm_panel_form<INT8_INT16, GROUP, true>(p, at.words, x, block, out);
     } else if (x.bits == 8) {
-        gemm_panel_form<INT8_INT8, GROUP, false>(Panel(w, panel, Isa::Q8_OFFSET), x, block, out);
+        gemm_panel_form<INT8_INT8, GROUP, false>(p, at.words, x, block, out);
     } else {
-        gemm_panel_form<INT8_INT16, GROUP, false>(Panel(w, panel, 0), x, block, out);
+        gemm_panel_form<INT8_INT16, GROUP, false>(p, at.words, x, block, out);
     }
 }
 
-void gemm_panel(const G4Weight& w, const uint8_t* panel, const QuantizedRows& x, const GemmBlock& block, float* out) {
+void gemm_panel(const G4Weight& w, PanelWords panel, const QuantizedRows& x, const GemmBlock& block, float* out) {
     x.group == 64 ? gemm_panel_group<64>(w, panel, x, block, out) : gemm_panel_group<32>(w, panel, x, block, out);
 }
 
 template <int GROUP>
-void decode_panels_group(const G4Weight& w, const uint8_t* panels, int64_t count, const QuantizedRows& x, float* out) {
-    const int64_t stride = panel_bytes(w);
-    const Panel p(w, panels, w.bits == 4 ? 8 : x.bits == 8 ? Isa::Q8_OFFSET : 0);
-    if (w.bits == 4 && x.bits == 8) {
-        p.zero_points == nullptr ? decode_panels_form<INT4_INT8, GROUP, true>(p, count, stride, x, out)
-                             : decode_panels_form<INT4_INT8, GROUP, false>(p, count, stride, x, out);
-    } else if (w.bits == 4) {
-        memset(out, 0, size_t(count * x.tokens * LANES * 4));
-        for (int64_t i = 0; i < count; i++)
-            gemm_panel(w, panels + i * stride, x, {0, x.tokens, 0, x.groups()}, out + i * x.tokens * LANES);
+void decode_panels_group(const G4Weight& w, PanelPlace first, int64_t count, const QuantizedRows& x, float* out) {
+    const int32_t offset = value_offset(w, x.bits);
+    if (w.bits == 4) {
+        decode_panels_form<INT4_INT8, GROUP>(w, first, count, offset, x, out);
     } else if (x.bits == 8) {
-        p.zero_points == nullptr ? decode_panels_form<INT8_INT8, GROUP, true>(p, count, stride, x, out)
-                             : decode_panels_form<INT8_INT8, GROUP, false>(p, count, stride, x, out);
+        decode_panels_form<INT8_INT8, GROUP>(w, first, count, offset, x, out);
     } else {
-        p.zero_points == nullptr ? decode_panels_form<INT8_INT16, GROUP, true>(p, count, stride, x, out)
-                             : decode_panels_form<INT8_INT16, GROUP, false>(p, count, stride, x, out);
+        decode_panels_form<INT8_INT16, GROUP>(w, first, count, offset, x, out);
     }
 }
 
-void decode_panels(const G4Weight& w, const uint8_t* panels, int64_t count, const QuantizedRows& x, float* out) {
-    x.group == 64 ? decode_panels_group<64>(w, panels, count, x, out) : decode_panels_group<32>(w, panels, count, x, out);
+void decode_panels(const G4Weight& w, PanelPlace first, int64_t count, const QuantizedRows& x, float* out) {
+    x.group == 64 ? decode_panels_group<64>(w, first, count, x, out) : decode_panels_group<32>(w, first, count, x, out);
 }
 
 // sums[t] += x[t] over `count` columns of 16 rows: w float [count][16], x[t] = x + t * token_stride, k_stride apart.
@@ -390,23 +454,23 @@ inline void exact_tile(const float* w, const FloatRows& x, int64_t token, int64_
     }
 }
 
-void dequantize_columns(const G4Weight& w, const Panel& p, const GroupScale& scale, int64_t column, int64_t count,
+void dequantize_columns(const G4Weight& w, const uint8_t* words, const GroupScale& scale, int64_t column, int64_t count,
                         float* out) {
     const bool four = w.bits == 4;
-    const uint8_t* block = p.values + column * LANES * w.bits / 8;
+    const uint8_t* block = words + column * LANES * w.bits / 8;
     const Float zero = Isa::mul(Isa::to_float(scale.zero_point), Isa::set1(-1.0f));
     const int64_t step = four ? 8 : 4;
     for (int64_t k = 0; k < count; k += step, block += 64) {
         for (int i = 0; i < step; i++) {
-            const Float q = four ? Isa::column_q4(block, 8 * (i & 3) + (i & 4)) : Isa::column_q8(block, i);
+            const Float q = four ? Isa::column_q4(block, 4 * i) : Isa::column_q8(block, i);
             Isa::store(out + (k + i) * LANES, Isa::add(q, zero));
         }
     }
 }
 
-void exact_panel(const G4Weight& w, const uint8_t* panel, const FloatRows& x, float* out) {
+void exact_panel(const G4Weight& w, PanelWords panel, const FloatRows& x, float* out) {
     constexpr int T = Isa::FMA_TOKENS;
-    const Panel p(w, panel, w.bits == 4 ? 8 : 0);
+    const Panel p(w, panel.side, value_offset(w, 16));
     const int64_t group = activation_group(w), each = padded_columns(w.columns) / group / p.scale_groups;
     alignas(64) float dense[64 * LANES];
     memset(out, 0, size_t(x.tokens * LANES * 4));
@@ -415,7 +479,7 @@ void exact_panel(const G4Weight& w, const uint8_t* panel, const FloatRows& x, fl
         for (int64_t s = 0, column = 0; s < p.scale_groups; s++) {
             const GroupScale scale(p, s);
             for (int64_t i = 0; i < each; i++, column += group) {
-                dequantize_columns(w, p, scale, column, group, dense);
+                dequantize_columns(w, panel.words, scale, column, group, dense);
                 int64_t t = block;
                 for (; t + T <= end; t += T) exact_tile<T>(dense, x, t, column, group, scale.scale, out);
                 for (; t < end; t++) exact_tile<1>(dense, x, t, column, group, scale.scale, out);
@@ -507,5 +571,5 @@ uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
 #include "attention_generic.h"
 
 #define G4_KERNELS(symbol, name)                                                                                       \
-    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panels, gemm_panel, exact_panel, write_panel, to_float,             \
+    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panels, lay_out, gemm_panel, exact_panel, write_panel, to_float, \
                                    from_float, turn, quantize_row, rms_norm, silu_mul,     attend,     attend_scratch, read_all};

@@ -1,16 +1,20 @@
-// How a prepacked weight lies in memory. The one place that knows it.
+// How a weight lies in memory. The one place that knows it.
 //
-// Rows go in panels of 16. K is padded to a multiple of 32 with zeros in the activations (the weights there are 0 too).
-// A panel is one contiguous piece, so that decoding is one forward stream per thread:
+// Values stand in the file (docs/format.md) a row after the other, `row_bytes` apart, in 32-bit words, the lowest k in the
+// lowest bits; int4 u = q + 8, int8 u = q + 128. They are read there, where rows reach to a multiple of 32 columns (what
+// is behind the last one meets activations of zero), or laid out once in panels of 16 rows, so that decoding is one
+// forward stream per thread: words [K * bits / 32][16], K padded to a multiple of 32, each panel to 64 bytes.
+//
+// Scales are always laid out, in panels of 16 rows, `side_bytes` each:
 //
 //   scales       [Gw][16]  bf16, fp16 or fp32    Gw groups of the weight (1 where there is one scale per row)
 //   zero points  [Gw][16]  uint8, zp + 2^(bits-1)   asymmetric only
 //   (padding to 64 bytes)
-//   values       int4: [K/8] blocks of 64 bytes, byte 4 r + j of block b = u[r][8b + j] | u[r][8b + 4 + j] << 4
-//                int8: [K/4] blocks of 64 bytes, byte 4 r + j of block b = q[r][4b + j], signed
 //
-// r is the row in the panel, j 0..3, u = q + 8 in 0..15. Four consecutive k of one row fill 32 bits: the unit of
-// VNNI's and NEON's dot products, and of AVX2's multiply-add pairs.
+// Four consecutive bytes of one row fill 32 bits: the unit of VNNI's and NEON's dot products, and of AVX2's multiply-add
+// pairs. Where values are read in the file's own order, kernels turn four words of 16 rows at a time into registers of 16
+// rows (`four_words` in vector_*.h), for many tokens into a panel in a thread's own memory. The nibbles of an int4 word are
+// k = 0 2 4 6 (low) and 1 3 5 7 (high) of eight: activations are kept in that order instead.
 #pragma once
 #include "abi.h"
 
@@ -26,14 +30,16 @@ inline int64_t panel_count(const G4Weight& w) { return (w.rows + PANEL_ROWS - 1)
 inline int64_t zero_points_offset(const G4Weight& w) {
     return weight_groups(w) * PANEL_ROWS * dtype_bytes(w.scale_dtype);
 }
-inline int64_t values_offset(const G4Weight& w) {
+inline int64_t side_bytes(const G4Weight& w) { // of a panel
     const int64_t zero_points = w.asymmetric ? weight_groups(w) * PANEL_ROWS : 0;
     return round_up(zero_points_offset(w) + zero_points, 64);
 }
-inline int64_t values_bytes(const G4Weight& w, int64_t columns) { return columns * PANEL_ROWS * w.bits / 8; }
-inline int64_t panel_bytes(const G4Weight& w) {
-    return values_offset(w) + round_up(values_bytes(w, padded_columns(w.columns)), 64);
-}
+inline bool is_laid_out(const G4Weight& w) { return w.row_bytes == 0; }
+inline int64_t padded_row_bytes(const G4Weight& w) { return padded_columns(w.columns) * w.bits / 8; }
+
+inline int64_t words_bytes(const G4Weight& w) { return round_up(PANEL_ROWS * padded_row_bytes(w), 64); } // of a panel
+// From one panel's values to the next one's.
+inline int64_t panel_stride(const G4Weight& w) { return is_laid_out(w) ? words_bytes(w) : PANEL_ROWS * w.row_bytes; }
 
 // Activations are quantized in groups of 64 columns, or 32 where a group of the weight is an odd multiple of 32:
 // measured on real weights, groups of 128 lose several times as much (docs/quality.md).

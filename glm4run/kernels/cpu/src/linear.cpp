@@ -1,4 +1,4 @@
-// Products of activations with prepacked weights: who computes which panels, and the weights' way into panels.
+// Products of activations with packed weights: who computes which panels, and the scales' way into panels.
 #include <string.h>
 #include <unistd.h>
 
@@ -36,6 +36,7 @@ struct LinearContext {
     FloatRows exact; // x null: quantized activations
     int64_t tokens, panels, piece_panels, long_pieces, long_panels;
     int32_t count, dtype;
+    bool streams; // each panel is met once by all tokens, as it is
 };
 static_assert(sizeof(LinearContext) <= MAX_CONTEXT, "pool.h: MAX_CONTEXT");
 
@@ -67,37 +68,109 @@ Scratch& scratch() {
 // What a block of activations may take of the second-level cache: it is met by every panel of a piece.
 constexpr int64_t GEMM_BLOCK_BYTES = 256 << 10;
 
-struct PanelPlace {
+struct Panel {
     const Output* output;
     int64_t index; // in its weight
-    const uint8_t* data;
+    PanelPlace place;
+
+    int64_t rows() const { // of the weight
+        const int64_t left = output->weight.rows - index * PANEL_ROWS;
+        return left < PANEL_ROWS ? left : PANEL_ROWS;
+    }
 };
 
-PanelPlace place_of(const LinearContext& c, int64_t panel) {
+Panel panel_at(const LinearContext& c, int64_t panel) {
     int at = 0;
     while (at + 1 < c.count && panel >= c.outputs[at + 1].first_panel) at++;
     const Output& out = c.outputs[at];
+    const G4Weight& w = out.weight;
     const int64_t index = panel - out.first_panel;
-    return {&out, index, out.weight.data + index * panel_bytes(out.weight)};
+    return {&out, index, {w.side + index * side_bytes(w), w.values + index * panel_stride(w)}};
+}
+
+// What decoding reads of a panel.
+int64_t panel_bytes(const G4Weight& w) { return side_bytes(w) + PANEL_ROWS * padded_row_bytes(w); }
+
+// A thread's memory for one piece.
+struct PieceMemory {
+    float* sums;    // [panels][tokens][16]
+    uint8_t* words; // [panels][words_bytes]
+    uint8_t* rows;  // 16 rows of the last panel of a weight that ends within it
+};
+
+// `count` rows of a weight as 16: where there are fewer, a copy with zeros behind them.
+const uint8_t* sixteen_rows(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, int64_t count, uint8_t* copy) {
+    if (count >= PANEL_ROWS) return rows;
+    const int64_t there = (count - 1) * row_bytes + padded_row_bytes(w);
+    memcpy(copy, rows, size_t(there));
+    memset(copy + there, 0, size_t(PANEL_ROWS * row_bytes - there));
+    return copy;
+}
+
+PanelWords words_of(const LinearContext& c, const Panel& panel, uint8_t* words, uint8_t* copy) {
+    const G4Weight& w = panel.output->weight;
+    if (is_laid_out(w)) return {panel.place.side, panel.place.values};
+    c.kernels->lay_out(w, sixteen_rows(w, panel.place.values, w.row_bytes, panel.rows(), copy), w.row_bytes, words);
+    return {panel.place.side, words};
+}
+
+// Panels first..last as they are, for few tokens.
+void decode_panels(const LinearContext& c, int64_t first, int64_t last, const PieceMemory& memory) {
+    for (int64_t panel = first; panel < last;) {
+        Panel at = panel_at(c, panel);
+        const G4Weight& w = at.output->weight;
+        const int64_t whole = (is_laid_out(w) ? panel_count(w) : w.rows / PANEL_ROWS) - at.index;
+        const int64_t count = whole < 1 ? 1 : whole < last - panel ? whole : last - panel;
+        if (whole < 1) at.place.values = sixteen_rows(w, at.place.values, w.row_bytes, at.rows(), memory.rows);
+        c.kernels->decode_panels(w, at.place, count, c.quantized, memory.sums + (panel - first) * c.tokens * PANEL_ROWS);
+        panel += count;
+    }
+}
+
+void exact_panels(const LinearContext& c, int64_t first, int64_t last, const PieceMemory& memory) {
+    for (int64_t panel = first; panel < last; panel++) {
+        const Panel at = panel_at(c, panel);
+        const PanelWords words = words_of(c, at, memory.words, memory.rows);
+        c.kernels->exact_panel(at.output->weight, words, c.exact, memory.sums + (panel - first) * c.tokens * PANEL_ROWS);
+    }
 }
 
 // Panels first..last times all tokens, block by block of the activations.
-void gemm_panels(const LinearContext& c, int64_t first, int64_t last, float* sums) {
+void gemm_panels(const LinearContext& c, int64_t first, int64_t last, const PieceMemory& memory) {
     const QuantizedRows& x = c.quantized;
     const int64_t block_tokens = c.tokens < GEMM_BLOCK_TOKENS ? c.tokens : GEMM_BLOCK_TOKENS;
     const int64_t fitting = GEMM_BLOCK_BYTES / (block_tokens * x.group * x.bits / 8), groups = x.groups();
     const int64_t each = c.tokens * PANEL_ROWS;
-    memset(sums, 0, size_t((last - first) * each * 4));
+    memset(memory.sums, 0, size_t((last - first) * each * 4));
+    const Output* outputs[GEMM_PIECE_PANELS];
+    PanelWords words[GEMM_PIECE_PANELS];
+    for (int64_t panel = first; panel < last; panel++) {
+        const Panel at = panel_at(c, panel);
+        const int64_t i = panel - first;
+        outputs[i] = at.output;
+        words[i] = words_of(c, at, memory.words + i * words_bytes(at.output->weight), memory.rows);
+    }
     for (int64_t token = 0; token < c.tokens; token += block_tokens) {
         const int64_t end = token + block_tokens < c.tokens ? token + block_tokens : c.tokens;
         for (int64_t group = 0; group < groups; group += fitting) {
             const GemmBlock block{token, end, group, group + fitting < groups ? group + fitting : groups};
-            for (int64_t panel = first; panel < last; panel++) {
-                const PanelPlace place = place_of(c, panel);
-                c.kernels->gemm_panel(place.output->weight, place.data, x, block, sums + (panel - first) * each);
-            }
+            for (int64_t i = 0; i < last - first; i++)
+                c.kernels->gemm_panel(outputs[i]->weight, words[i], x, block, memory.sums + i * each);
         }
     }
+}
+
+PieceMemory piece_memory(const LinearContext& c, int64_t panels, Ticket& ticket) {
+    const G4Weight& w = c.outputs[0].weight; // all have the same columns and bits
+    int64_t row_bytes = 0; // 0: all are laid out
+    for (int i = 0; i < c.count; i++)
+        if (c.outputs[i].weight.row_bytes > row_bytes) row_bytes = c.outputs[i].weight.row_bytes;
+    const int64_t sums = round_up(panels * c.tokens * PANEL_ROWS * 4, 64);
+    const int64_t laid_out_here = c.streams || row_bytes == 0 ? 0 : c.exact.x != nullptr ? 1 : panels;
+    const int64_t words = laid_out_here * words_bytes(w);
+    char* memory = static_cast<char*>(ticket.scratch(size_t(sums + words + PANEL_ROWS * row_bytes)));
+    uint8_t* laid_out = reinterpret_cast<uint8_t*>(memory + sums);
+    return {reinterpret_cast<float*>(memory), laid_out, laid_out + words};
 }
 
 void linear_piece(const void* context, int64_t index, Ticket& ticket) {
@@ -107,32 +180,21 @@ void linear_piece(const void* context, int64_t index, Ticket& ticket) {
     const int64_t first = is_long ? index * size : c.long_pieces * c.long_panels + (index - c.long_pieces) * size;
     const int64_t last = first + size < c.panels ? first + size : c.panels;
     const int64_t each = c.tokens * PANEL_ROWS;
-    float* sums = static_cast<float*>(ticket.scratch(size_t((last - first) * each * 4)));
-    if (c.exact.x == nullptr && c.tokens > MAX_DECODE_TOKENS) {
-        gemm_panels(c, first, last, sums);
+    const PieceMemory memory = piece_memory(c, last - first, ticket);
+    if (c.exact.x != nullptr) {
+        exact_panels(c, first, last, memory);
+    } else if (c.streams) {
+        decode_panels(c, first, last, memory);
     } else {
-        for (int64_t panel = first; panel < last;) {
-            const PanelPlace place = place_of(c, panel);
-            const G4Weight& w = place.output->weight;
-            float* target = sums + (panel - first) * each;
-            if (c.exact.x != nullptr) {
-                c.kernels->exact_panel(w, place.data, c.exact, target);
-                panel++;
-            } else {
-                const int64_t left = panel_count(w) - place.index, count = left < last - panel ? left : last - panel;
-                c.kernels->decode_panels(w, place.data, count, c.quantized, target);
-                panel += count;
-            }
-        }
+        gemm_panels(c, first, last, memory);
     }
     if (!ticket.begin_write()) return;
     for (int64_t panel = first; panel < last; panel++) {
-        const PanelPlace place = place_of(c, panel);
-        const Output& out = *place.output;
-        const int64_t row = place.index * PANEL_ROWS, element = dtype_bytes(c.dtype);
-        const int64_t rows = out.weight.rows - row < PANEL_ROWS ? out.weight.rows - row : PANEL_ROWS;
+        const Panel at = panel_at(c, panel);
+        const Output& out = *at.output;
+        const int64_t row = at.index * PANEL_ROWS, element = dtype_bytes(c.dtype);
         const char* bias = out.bias == nullptr ? nullptr : static_cast<const char*>(out.bias) + row * element;
-        c.kernels->write_panel(sums + (panel - first) * each, c.tokens, rows, bias, c.dtype,
+        c.kernels->write_panel(memory.sums + (panel - first) * each, c.tokens, at.rows(), bias, c.dtype,
                                static_cast<char*>(out.y) + row * element, out.stride);
     }
 }
@@ -164,119 +226,104 @@ void prepare_piece(const void* context, int64_t index, Ticket&) {
 
 int32_t sum_factor(const Kernels& kernels, const G4Weight& w) {
     if (w.asymmetric) return -1;
-    return w.bits == 4 ? -8 : w.activations == 8 ? -kernels.q8_offset : 0;
+    return w.bits == 4 ? -8 : w.activations == 8 ? -kernels.q8_offset : -128;
 }
 
 int64_t aligned(int64_t bytes) { return round_up(bytes, 64); }
 
-struct PackContext {
+struct LayOutContext {
     G4Weight weight;
     G4Stored stored;
+    const Kernels* kernels;
     uint8_t* out;
     std::atomic<int32_t>* failed;
 };
 
-// The stored value of a row's column k: int4 u = q + 8, int8 q + 128. Mirrors qformat.py, which says what a file holds.
-uint8_t stored_value(const uint8_t* bytes, int32_t bits, int64_t k) {
-    return bits == 8 ? bytes[k] : uint8_t(bytes[k >> 1] >> (4 * (k & 1)) & 15);
-}
-
-// 32 bits of a row as 32 bits of a panel. int4: nibbles in order to byte j = nibble j | nibble j + 4 << 4. int8: u to q.
-uint32_t panel_word(uint32_t word, int32_t bits) {
-    if (bits == 8) return word ^ 0x80808080u;
-    uint32_t low = word & 0xFFFFu, high = word >> 16;
-    low = (low | low << 8) & 0x00FF00FFu;
-    high = (high | high << 8) & 0x00FF00FFu;
-    low = (low | low << 4) & 0x0F0F0F0Fu;
-    high = (high | high << 4) & 0x0F0F0F0Fu;
-    return low | high << 4;
-}
-
-// Word `index` of a row whose last columns it reaches: what is beyond the weight is zero.
-uint32_t last_word(const PackContext& c, const uint8_t* row, int64_t index) {
-    const int64_t each = 32 / c.weight.bits;
-    uint32_t word = 0;
-    for (int64_t j = 0; j < each; j++) {
-        const int64_t k = index * each + j;
-        const uint32_t zero = 1u << (c.weight.bits - 1);
-        const uint32_t u = k < c.weight.columns ? stored_value(row, c.weight.bits, k) : zero;
-        word |= u << (c.weight.bits * j);
-    }
-    return panel_word(word, c.weight.bits);
-}
-
-// Rows are turned into words of a panel one after the other, stretch by stretch, and then woven together.
-void pack_values(const PackContext& c, const uint8_t* stored, int64_t real_rows, uint8_t* out) {
-    constexpr int64_t STRETCH = 128; // words: the 16 rows' fit the first-level cache
-    const int32_t bits = c.weight.bits;
-    const int64_t words = padded_columns(c.weight.columns) * bits / 32, whole = c.weight.columns * bits / 32;
-    uint32_t rows[PANEL_ROWS][STRETCH];
-    for (int64_t first = 0; first < words; first += STRETCH) {
-        const int64_t count = first + STRETCH < words ? STRETCH : words - first;
-        for (int64_t r = 0; r < PANEL_ROWS; r++) {
-            if (r >= real_rows) {
-                for (int64_t i = 0; i < count; i++) rows[r][i] = panel_word(bits == 4 ? 0x88888888u : 0x80808080u, bits);
-                continue;
-            }
-            const uint8_t* row = stored + r * c.stored.row_bytes;
-            const int64_t inside = whole - first < count ? (whole > first ? whole - first : 0) : count;
-            memcpy(rows[r], row + 4 * first, size_t(4 * inside));
-            for (int64_t i = 0; i < inside; i++) rows[r][i] = panel_word(rows[r][i], bits);
-            for (int64_t i = inside; i < count; i++) rows[r][i] = last_word(c, row, first + i);
-        }
-        uint32_t* target = reinterpret_cast<uint32_t*>(out + 64 * first);
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t r = 0; r < PANEL_ROWS; r++) target[PANEL_ROWS * i + r] = rows[r][i];
-    }
-}
-
-// Rows of the weight, read from its file where it is in one; null where the file ends early.
-const uint8_t* stored_rows(const G4Stored& s, int64_t first, int64_t count, Ticket& ticket) {
-    if (s.packed != nullptr) return s.packed + first * s.row_bytes;
-    uint8_t* buffer = static_cast<uint8_t*>(ticket.scratch(size_t(count * s.row_bytes)));
+// `count` rows of a file from `first` on; false where it ends early.
+bool read_rows(const G4Stored& s, int64_t first, int64_t count, uint8_t* out) {
     for (int64_t done = 0; done < count * s.row_bytes;) {
         const int64_t at = s.offset + first * s.row_bytes + done;
-        const ssize_t got = pread(s.descriptor, buffer + done, size_t(count * s.row_bytes - done), off_t(at));
-        if (got <= 0) return nullptr;
+        const ssize_t got = pread(s.descriptor, out + done, size_t(count * s.row_bytes - done), off_t(at));
+        if (got <= 0) return false;
         done += got;
     }
-    return buffer;
+    return true;
 }
 
-void pack_piece(const void* context, int64_t panel, Ticket& ticket) {
-    const PackContext& c = *static_cast<const PackContext*>(context);
+void lay_out_piece(const void* context, int64_t panel, Ticket& ticket) {
+    const LayOutContext& c = *static_cast<const LayOutContext*>(context);
     const G4Weight& w = c.weight;
-    uint8_t* out = c.out + panel * panel_bytes(w);
-    const int64_t groups = weight_groups(w), element = dtype_bytes(w.scale_dtype);
-    memset(out, 0, size_t(values_offset(w)));
-    for (int64_t r = 0; r < PANEL_ROWS && panel * PANEL_ROWS + r < w.rows; r++) {
-        const int64_t row = panel * PANEL_ROWS + r;
-        for (int64_t g = 0; g < groups; g++) {
-            memcpy(out + (g * PANEL_ROWS + r) * element, c.stored.scale + (row * groups + g) * element, size_t(element));
-            if (w.asymmetric)
-                out[zero_points_offset(w) + g * PANEL_ROWS + r] =
-                    uint8_t(c.stored.zero_point[row * groups + g] + (1 << (w.bits - 1)));
-        }
-    }
-    const int64_t first = panel * PANEL_ROWS, real = w.rows - first < PANEL_ROWS ? w.rows - first : PANEL_ROWS;
-    const uint8_t* rows = stored_rows(c.stored, first, real, ticket);
-    if (rows == nullptr) {
+    const int64_t first = panel * PANEL_ROWS, count = w.rows - first < PANEL_ROWS ? w.rows - first : PANEL_ROWS;
+    const int64_t all = PANEL_ROWS * c.stored.row_bytes;
+    uint8_t* buffer = static_cast<uint8_t*>(ticket.scratch(size_t(2 * all)));
+    const uint8_t* rows = buffer;
+    if (c.stored.rows != nullptr) {
+        rows = c.stored.rows + first * c.stored.row_bytes;
+    } else if (!read_rows(c.stored, first, count, buffer)) {
         c.failed->store(1);
         return;
     }
-    pack_values(c, rows, real, out + values_offset(w));
+    rows = sixteen_rows(w, rows, c.stored.row_bytes, count, buffer + all);
+    c.kernels->lay_out(w, rows, c.stored.row_bytes, c.out + panel * words_bytes(w));
+}
+
+struct SideContext {
+    G4Weight weight;
+    const uint8_t* scale;
+    const int8_t* zero_point;
+    uint8_t* out;
+};
+constexpr int64_t SIDE_PIECE_PANELS = 64;
+
+template <typename T>
+void scales_of(const SideContext& c, int64_t first, int64_t rows, int64_t groups, uint8_t* out) {
+    T* target = reinterpret_cast<T*>(out);
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t* from = c.scale + (first + r) * groups * int64_t(sizeof(T));
+        for (int64_t g = 0; g < groups; g++) memcpy(target + g * PANEL_ROWS + r, from + g * int64_t(sizeof(T)), sizeof(T));
+    }
+}
+
+void side_piece(const void* context, int64_t index, Ticket&) {
+    const SideContext& c = *static_cast<const SideContext*>(context);
+    const G4Weight& w = c.weight;
+    const int64_t groups = weight_groups(w), end = (index + 1) * SIDE_PIECE_PANELS;
+    for (int64_t panel = index * SIDE_PIECE_PANELS; panel < end && panel < panel_count(w); panel++) {
+        const int64_t first = panel * PANEL_ROWS, rows = w.rows - first < PANEL_ROWS ? w.rows - first : PANEL_ROWS;
+        uint8_t* out = c.out + panel * side_bytes(w);
+        memset(out, 0, size_t(side_bytes(w)));
+        if (w.scale_dtype == G4_FP32) {
+            scales_of<uint32_t>(c, first, rows, groups, out);
+        } else {
+            scales_of<uint16_t>(c, first, rows, groups, out);
+        }
+        for (int64_t r = 0; w.asymmetric && r < rows; r++)
+            for (int64_t g = 0; g < groups; g++)
+                out[zero_points_offset(w) + g * PANEL_ROWS + r] =
+                    uint8_t(c.zero_point[(first + r) * groups + g] + (1 << (w.bits - 1)));
+    }
 }
 
 } // namespace
 
-G4_API int64_t g4_prepacked_bytes(const G4Weight* weight) { return panel_count(*weight) * panel_bytes(*weight); }
+G4_API int64_t g4_laid_out_bytes(const G4Weight* weight) { return panel_count(*weight) * words_bytes(*weight); }
 
-// Lays `stored` out in panels at `out` (g4_prepacked_bytes of them). Returns 0, or 1 where a file could not be read.
-G4_API int32_t g4_prepack(const G4Weight* weight, const G4Stored* stored, uint8_t* out) {
+// Lays the values of rows that reach to a multiple of 32 columns out at `out` (g4_laid_out_bytes of them), read from
+// their file into a core's own cache and from there to their place. Returns 0, or 1 where the file ends early.
+G4_API int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, uint8_t* out) {
     std::atomic<int32_t> failed{0};
-    const PackContext context{*weight, *stored, out, &failed};
-    pool_run({pack_piece, panel_count(*weight), false}, &context, sizeof context);
+    const LayOutContext context{*weight, *stored, &active_kernels(), out, &failed};
+    pool_run({lay_out_piece, panel_count(*weight), false}, &context, sizeof context);
     return failed.load();
+}
+
+G4_API int64_t g4_side_bytes(const G4Weight* weight) { return panel_count(*weight) * side_bytes(*weight); }
+
+// Lays scales [N, G] and zero points (signed [N, G], or null) out at `out`, g4_side_bytes of them.
+G4_API void g4_lay_out_side(const G4Weight* weight, const uint8_t* scale, const int8_t* zero_point, uint8_t* out) {
+    const SideContext context{*weight, scale, zero_point, out};
+    const int64_t pieces = (panel_count(*weight) + SIDE_PIECE_PANELS - 1) / SIDE_PIECE_PANELS;
+    pool_run({side_piece, pieces, false}, &context, sizeof context);
 }
 
 // y = x W^T + bias of up to three weights that share x [M, K] and the form of their activations. Returns 0, or 1
@@ -313,14 +360,16 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
         uint8_t* q = static_cast<uint8_t*>(memory.need(size_t(values + 2 * each)));
         if (q == nullptr) return 1;
         c.quantized = {q,      reinterpret_cast<float*>(q + values), reinterpret_cast<int32_t*>(q + values + each),
-                       tokens, first.columns, group, first.activations, sum_factor(*c.kernels, first)};
+                       tokens, first.columns, group, first.activations, sum_factor(*c.kernels, first), first.bits == 4};
         prepare.quantized = c.quantized;
     }
     prepare.piece_rows = tokens > 16 ? 8 : tokens > 2 ? (tokens + pool_threads() - 1) / pool_threads() : tokens;
     const int64_t prepare_pieces = (tokens + prepare.piece_rows - 1) / prepare.piece_rows;
     pool_run({prepare_piece, prepare_pieces, false}, &prepare, sizeof prepare);
+    // int4 with int16 is met unpacked: there is no kernel for it that streams.
+    c.streams = first.activations != 0 && tokens <= MAX_DECODE_TOKENS && (first.bits == 8 || first.activations == 8);
     c.piece_panels = GEMM_PIECE_PANELS;
-    if (tokens <= MAX_DECODE_TOKENS) {
+    if (c.streams) {
         c.piece_panels = DECODE_PIECE_BYTES / panel_bytes(first);
         const int64_t enough = c.panels / (4 * pool_threads()); // small products are shared out finely
         if (c.piece_panels > enough) c.piece_panels = enough;

@@ -9,16 +9,18 @@
 
 #include "abi.h"
 #include "half.h"
+#include "words.h"
 
 namespace {
 
 struct Isa {
     static constexpr int Q8_OFFSET = 128;
+    static constexpr bool SPLIT_INT16 = true; // 16-bit activations go in as their bytes
     static constexpr int DECODE_TOKENS = 8;
     static constexpr int DECODE_PANELS = 4;
     static constexpr int GEMM_TOKENS = 16;
     static constexpr int GEMM_TOKENS_X16 = 12;
-    static constexpr int PREFETCH_BYTES = 2048;
+    static constexpr bool PREFETCH = true;
     static constexpr int FMA_TOKENS = 8;
     static constexpr bool BF16_DOTS =
 #if defined(G4_AVX512_BF16)
@@ -59,6 +61,7 @@ struct Isa {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
     }
     static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+    static inline void prefetch_further(const void* p) { __builtin_prefetch(p, 0, 2); }
 
     // Keeps a value in its register: left alone the compiler loads it anew for each use.
     static inline void once(Int& value) { asm("" : "+v"(value)); }
@@ -73,16 +76,33 @@ struct Isa {
         sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(word));
 #endif
     }
-    static inline void add_dot_words(Int& sum, Int q, Int x) {
-#if defined(__AVX512VNNI__)
-        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(q), "v"(x));
-#else
-        sum = _mm512_dpwssd_epi32(sum, q, x);
-#endif
+
+    // Rows r, r + 4, r + 8 and r + 12: 16 bytes of each.
+    static inline Int four_rows(const uint8_t* p, int64_t stride) {
+        Int rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
+        rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)(p + 4 * stride)), 1);
+        rows = _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)(p + 8 * stride)), 2);
+        return _mm512_inserti32x4(rows, _mm_loadu_si128((const __m128i*)(p + 12 * stride)), 3);
+    }
+    // Words 4 i .. 4 i + 3 of all 16 rows.
+    static inline void four_words(RowWords s, int64_t i, Int (&words)[4]) {
+        const uint8_t* p = s.at + 16 * i;
+        const Int a = four_rows(p, s.stride), b = four_rows(p + s.stride, s.stride);
+        const Int c = four_rows(p + 2 * s.stride, s.stride), d = four_rows(p + 3 * s.stride, s.stride);
+        const Int ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+        const Int ab_high = _mm512_unpackhi_epi32(a, b), cd_high = _mm512_unpackhi_epi32(c, d);
+        words[0] = _mm512_unpacklo_epi64(ab, cd);
+        words[1] = _mm512_unpackhi_epi64(ab, cd);
+        words[2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+        words[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+    static inline void four_words(LaidOut s, int64_t i, Int (&words)[4]) {
+        for (int j = 0; j < 4; j++) words[j] = _mm512_loadu_si512(s.at + 256 * i + 64 * j);
     }
 
-    template <int T>
-    static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+    // sums += u * x over `count` (a multiple of 32) columns, x in the order of nibbles, T tokens `stride` apart.
+    template <int T, typename W>
+    static inline void dot_q4(W w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
         const Int low_mask = _mm512_set1_epi8(15);
         const Int high_mask = _mm512_set1_epi8(char(0xF0));
         // One token takes four sums, or one product would wait for the other.
@@ -92,18 +112,19 @@ struct Isa {
             for (int s = 0; s < S; s++) low[t][s] = high[t][s] = int_set1(0);
             low[t][0] = sums[t];
         }
-#pragma GCC unroll 4
-        for (int64_t k = 0; k < count; k += 8 * S, w += 64 * S) {
 #pragma GCC unroll 2
-            for (int s = 0; s < S; s++) {
-                Int raw = _mm512_loadu_si512(w + 64 * s);
-                once(raw);
-                const Int lower = _mm512_and_si512(raw, low_mask), upper = _mm512_and_si512(raw, high_mask);
+        for (int64_t k = 0; k < count; k += 32) {
+            Int words[4];
+            four_words(w, k / 32, words);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                once(words[j]);
+                const Int lower = _mm512_and_si512(words[j], low_mask), upper = _mm512_and_si512(words[j], high_mask);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
-                    const int8_t* xt = x + t * stride + k + 8 * s;
-                    add_dot(low[t][s], lower, xt);
-                    add_dot(high[t][s], upper, xt + 4);
+                    const int8_t* xt = x + t * stride + k + 8 * j;
+                    add_dot(low[t][j % S], lower, xt);
+                    add_dot(high[t][j % S], upper, xt + 4);
                 }
             }
         }
@@ -117,38 +138,44 @@ struct Isa {
             sums[t] = _mm512_add_epi32(lower, _mm512_srai_epi32(upper, 4)); // 16 u, divided once
         }
     }
-    template <int T>
-    static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        const Int flip = _mm512_set1_epi8(char(0x80));
-        for (int64_t k = 0; k < count; k += 4, w += 64) {
-            const Int u = _mm512_xor_si512(_mm512_loadu_si512(w), flip);
+    // The same for int8 as stored: q + 128. count a multiple of 16.
+    template <int T, typename W>
+    static inline void dot_q8(W w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int64_t k = 0; k < count; k += 16) {
+            Int words[4];
+            four_words(w, k / 16, words);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                once(words[j]);
 #pragma GCC unroll 16
-            for (int t = 0; t < T; t++) add_dot(sums[t], u, x + t * stride + k);
-        }
-    }
-    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
-    template <int T>
-    static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        Int pairs[T][2]; // eight rows each, two sums a row
-        for (int t = 0; t < T; t++) pairs[t][0] = pairs[t][1] = int_set1(0);
-        for (int64_t k = 0; k < count; k += 4, w += 64) {
-            const Int a = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
-            const Int b = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + 32)));
-#pragma GCC unroll 12
-            for (int t = 0; t < T; t++) {
-                int64_t four;
-                __builtin_memcpy(&four, x + t * stride + k, 8);
-                const Int xt = _mm512_set1_epi64(four);
-                add_dot_words(pairs[t][0], a, xt);
-                add_dot_words(pairs[t][1], b, xt);
+                for (int t = 0; t < T; t++) add_dot(sums[t], words[j], x + t * stride + k + 4 * j);
             }
         }
-        const Int even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-        const Int odd = _mm512_add_epi32(even, int_set1(1));
-        for (int t = 0; t < T; t++)
-            sums[t] = _mm512_add_epi32(
-                sums[t], _mm512_add_epi32(_mm512_permutex2var_epi32(pairs[t][0], even, pairs[t][1]),
-                                          _mm512_permutex2var_epi32(pairs[t][0], odd, pairs[t][1])));
+    }
+    // Adds u * x for bytes u and 16-bit x, whose high and low bytes are multiplied apart: four of the one, four of the other.
+    // A group of 64 stays below 2^31: 64 * 255 * 32767.
+    template <int T, typename W>
+    static inline void dot_q8_x16(W w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        Int high[T], low[T];
+        for (int t = 0; t < T; t++) {
+            high[t] = int_set1(0);
+            low[t] = sums[t];
+        }
+        for (int64_t k = 0; k < count; k += 16) {
+            Int words[4];
+            four_words(w, k / 16, words);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                once(words[j]);
+#pragma GCC unroll 12
+                for (int t = 0; t < T; t++) {
+                    const int8_t* xt = reinterpret_cast<const int8_t*>(x + t * stride + k + 4 * j);
+                    add_dot(high[t], words[j], xt);
+                    add_dot(low[t], words[j], xt + 4);
+                }
+            }
+        }
+        for (int t = 0; t < T; t++) sums[t] = _mm512_add_epi32(low[t], _mm512_slli_epi32(high[t], 8));
     }
     // sums[t] += w * x over `pairs` of 16-bit values: w [pairs][16][2], the same two of x in every lane.
     template <int T>
@@ -254,8 +281,8 @@ struct Isa {
         return to_float(_mm512_and_si512(words, int_set1(15)));
     }
     static inline Float column_q8(const uint8_t* block, int byte) {
-        const Int words = _mm512_sll_epi32(_mm512_loadu_si512(block), _mm_cvtsi32_si128(24 - 8 * byte));
-        return to_float(_mm512_srai_epi32(words, 24));
+        const Int words = _mm512_srl_epi32(_mm512_loadu_si512(block), _mm_cvtsi32_si128(8 * byte));
+        return to_float(_mm512_and_si512(words, int_set1(255)));
     }
 };
 

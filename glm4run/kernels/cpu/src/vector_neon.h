@@ -4,16 +4,18 @@
 #include <stdint.h>
 
 #include "abi.h"
+#include "words.h"
 
 namespace {
 
 struct Isa {
     static constexpr int Q8_OFFSET = 0;
+    static constexpr bool SPLIT_INT16 = false;
     static constexpr int DECODE_TOKENS = 4;
     static constexpr int DECODE_PANELS = 1;
     static constexpr int GEMM_TOKENS = 4;
     static constexpr int GEMM_TOKENS_X16 = 4;
-    static constexpr int PREFETCH_BYTES = 1024;
+    static constexpr bool PREFETCH = true;
     static constexpr int FMA_TOKENS = 4;
     static constexpr bool BF16_DOTS = false;
 
@@ -100,59 +102,99 @@ struct Isa {
         return a;
     }
     static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+    static inline void prefetch_further(const void* p) { __builtin_prefetch(p, 0, 2); }
 
     static inline int8x16_t four_bytes(const int8_t* x) {
         int32_t word;
         __builtin_memcpy(&word, x, 4);
         return vreinterpretq_s8_s32(vdupq_n_s32(word));
     }
-    static inline int8x16_t bytes(const uint8_t* p) { return vreinterpretq_s8_u8(vld1q_u8(p)); }
-
-    template <int T>
-    static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        const uint8x16_t mask = vdupq_n_u8(15);
-        for (int64_t k = 0; k < count; k += 8, w += 64) {
-            for (int i = 0; i < 4; i++) {
-                const uint8x16_t raw = vld1q_u8(w + 16 * i);
-                const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(raw, mask));
-                const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(raw, 4));
-                for (int t = 0; t < T; t++) {
-                    const int8_t* xt = x + t * stride + k;
-                    sums[t].v[i] = vdotq_s32(sums[t].v[i], low, four_bytes(xt));
-                    sums[t].v[i] = vdotq_s32(sums[t].v[i], high, four_bytes(xt + 4));
-                }
-            }
+    // Words 4 i .. 4 i + 3 of rows 4 q .. 4 q + 3.
+    static inline void quarter(RowWords s, int64_t i, int q, uint8x16_t (&words)[4]) {
+        uint32x4_t rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = vreinterpretq_u32_u8(vld1q_u8(s.at + (4 * q + r) * s.stride + 16 * i));
+        const uint64x2_t ab = vreinterpretq_u64_u32(vtrn1q_u32(rows[0], rows[1])); // words 0 and 2
+        const uint64x2_t cd = vreinterpretq_u64_u32(vtrn1q_u32(rows[2], rows[3]));
+        const uint64x2_t ab_odd = vreinterpretq_u64_u32(vtrn2q_u32(rows[0], rows[1])); // 1 and 3
+        const uint64x2_t cd_odd = vreinterpretq_u64_u32(vtrn2q_u32(rows[2], rows[3]));
+        words[0] = vreinterpretq_u8_u64(vtrn1q_u64(ab, cd));
+        words[1] = vreinterpretq_u8_u64(vtrn1q_u64(ab_odd, cd_odd));
+        words[2] = vreinterpretq_u8_u64(vtrn2q_u64(ab, cd));
+        words[3] = vreinterpretq_u8_u64(vtrn2q_u64(ab_odd, cd_odd));
+    }
+    static inline void quarter(LaidOut s, int64_t i, int q, uint8x16_t (&words)[4]) {
+        for (int j = 0; j < 4; j++) words[j] = vld1q_u8(s.at + 256 * i + 64 * j + 16 * q);
+    }
+    static inline void four_words(RowWords s, int64_t i, Int (&words)[4]) {
+        for (int q = 0; q < 4; q++) {
+            uint8x16_t four[4];
+            quarter(s, i, q, four);
+            for (int j = 0; j < 4; j++) words[j].v[q] = vreinterpretq_s32_u8(four[j]);
         }
     }
-    template <int T>
-    static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int64_t k = 0; k < count; k += 4, w += 64)
-            for (int i = 0; i < 4; i++) {
-                const int8x16_t q = bytes(w + 16 * i);
-                for (int t = 0; t < T; t++)
-                    sums[t].v[i] = vdotq_s32(sums[t].v[i], q, four_bytes(x + t * stride + k));
+
+    // sums += u * x over `count` (a multiple of 32) columns, x in the order of nibbles, T tokens `stride` apart.
+    template <int T, typename W>
+    static inline void dot_q4(W w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        const uint8x16_t mask = vdupq_n_u8(15);
+        for (int64_t k = 0; k < count; k += 32)
+            for (int q = 0; q < 4; q++) {
+                uint8x16_t words[4];
+                quarter(w, k / 32, q, words);
+                for (int j = 0; j < 4; j++) {
+                    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(words[j], mask));
+                    const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(words[j], 4));
+                    for (int t = 0; t < T; t++) {
+                        const int8_t* xt = x + t * stride + k + 8 * j;
+                        sums[t].v[q] = vdotq_s32(sums[t].v[q], low, four_bytes(xt));
+                        sums[t].v[q] = vdotq_s32(sums[t].v[q], high, four_bytes(xt + 4));
+                    }
+                }
             }
     }
-    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
-    template <int T>
-    static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int i = 0; i < 4; i++) { // four rows
+    // Of bytes that `flip` makes signed. count a multiple of 16.
+    template <int T, typename W>
+    static inline void dot_bytes(W w, uint8x16_t flip, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int64_t k = 0; k < count; k += 16)
+            for (int q = 0; q < 4; q++) {
+                uint8x16_t words[4];
+                quarter(w, k / 16, q, words);
+                for (int j = 0; j < 4; j++) {
+                    const int8x16_t value = vreinterpretq_s8_u8(veorq_u8(words[j], flip));
+                    for (int t = 0; t < T; t++)
+                        sums[t].v[q] = vdotq_s32(sums[t].v[q], value, four_bytes(x + t * stride + k + 4 * j));
+                }
+            }
+    }
+    // The same for int8: q * x.
+    template <int T, typename W>
+    static inline void dot_q8(W w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        dot_bytes<T>(w, vdupq_n_u8(0x80), x, stride, count, sums);
+    }
+    // Adds u * x for bytes u and 16-bit x. A group of 64 stays below 2^31: 64 * 255 * 32767.
+    template <int T, typename W>
+    static inline void dot_q8_x16(W w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int q = 0; q < 4; q++) { // four rows
             int32x4_t fours[T][4];    // one row each, a sum per column of four
             for (int t = 0; t < T; t++)
                 for (int r = 0; r < 4; r++) fours[t][r] = vdupq_n_s32(0);
-            for (int64_t k = 0; k < count; k += 4) {
-                const int8x16_t q = bytes(w + 16 * k + 16 * i);
-                const int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_s8(vget_high_s8(q));
-                for (int t = 0; t < T; t++) {
-                    const int16x4_t xt = vld1_s16(x + t * stride + k);
-                    fours[t][0] = vmlal_s16(fours[t][0], vget_low_s16(low), xt);
-                    fours[t][1] = vmlal_s16(fours[t][1], vget_high_s16(low), xt);
-                    fours[t][2] = vmlal_s16(fours[t][2], vget_low_s16(high), xt);
-                    fours[t][3] = vmlal_s16(fours[t][3], vget_high_s16(high), xt);
+            for (int64_t k = 0; k < count; k += 16) {
+                uint8x16_t words[4];
+                quarter(w, k / 16, q, words);
+                for (int j = 0; j < 4; j++) {
+                    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(words[j])));
+                    const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(words[j])));
+                    for (int t = 0; t < T; t++) {
+                        const int16x4_t xt = vld1_s16(x + t * stride + k + 4 * j);
+                        fours[t][0] = vmlal_s16(fours[t][0], vget_low_s16(low), xt);
+                        fours[t][1] = vmlal_s16(fours[t][1], vget_high_s16(low), xt);
+                        fours[t][2] = vmlal_s16(fours[t][2], vget_low_s16(high), xt);
+                        fours[t][3] = vmlal_s16(fours[t][3], vget_high_s16(high), xt);
+                    }
                 }
             }
             for (int t = 0; t < T; t++)
-                sums[t].v[i] = vaddq_s32(sums[t].v[i], vpaddq_s32(vpaddq_s32(fours[t][0], fours[t][1]),
+                sums[t].v[q] = vaddq_s32(sums[t].v[q], vpaddq_s32(vpaddq_s32(fours[t][0], fours[t][1]),
                                                                   vpaddq_s32(fours[t][2], fours[t][3])));
         }
     }
@@ -180,7 +222,7 @@ struct Isa {
     }
     template <int T>
     static inline void gemm_u4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        dot_q8<T>(w, x, stride, count, sums); // u is at most 15, the same signed or not
+        dot_bytes<T>(LaidOut{w}, vdupq_n_u8(0), x, stride, count, sums); // u is at most 15, the same signed or not
     }
     static inline Float column_q4(const uint8_t* block, int shift) {
         Float a;
@@ -193,8 +235,8 @@ struct Isa {
     static inline Float column_q8(const uint8_t* block, int byte) {
         Float a;
         for (int i = 0; i < 4; i++) {
-            const int32x4_t words = vld1q_s32(reinterpret_cast<const int32_t*>(block + 16 * i));
-            a.v[i] = vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(words, vdupq_n_s32(24 - 8 * byte)), 24));
+            const uint32x4_t words = vld1q_u32(reinterpret_cast<const uint32_t*>(block + 16 * i));
+            a.v[i] = vcvtq_f32_u32(vandq_u32(vshlq_u32(words, vdupq_n_s32(-8 * byte)), vdupq_n_u32(255)));
         }
         return a;
     }

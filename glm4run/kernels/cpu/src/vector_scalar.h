@@ -4,16 +4,18 @@
 
 #include "abi.h"
 #include "half.h"
+#include "words.h"
 
 namespace {
 
 struct Isa {
-    static constexpr int Q8_OFFSET = 0;
+    static constexpr int Q8_OFFSET = 128;
+    static constexpr bool SPLIT_INT16 = false;
     static constexpr int DECODE_TOKENS = 4;
     static constexpr int DECODE_PANELS = 1;
     static constexpr int GEMM_TOKENS = 4;
     static constexpr int GEMM_TOKENS_X16 = 4;
-    static constexpr int PREFETCH_BYTES = 0;
+    static constexpr bool PREFETCH = false;
     static constexpr int FMA_TOKENS = 4;
     static constexpr bool BF16_DOTS = false;
     static constexpr int N = 16;
@@ -104,31 +106,42 @@ struct Isa {
         return a;
     }
     static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+    static inline void prefetch_further(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-    template <int T>
-    static inline void dot_q4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int64_t k = 0; k < count; k += 8, w += 64)
+    // Words 4 i .. 4 i + 3 of all 16 rows.
+    static inline void four_words(RowWords s, int64_t i, Int (&words)[4]) {
+        for (int j = 0; j < 4; j++)
+            for (int r = 0; r < N; r++) __builtin_memcpy(&words[j].v[r], s.at + r * s.stride + 16 * i + 4 * j, 4);
+    }
+    // Byte k of row r.
+    static inline int32_t byte_of(RowWords w, int64_t k, int r) { return w.at[r * w.stride + k]; }
+    static inline int32_t byte_of(LaidOut w, int64_t k, int r) { return w.at[k / 4 * 4 * N + 4 * r + k % 4]; }
+
+    // sums += u * x over `count` columns, x in the order of nibbles, T tokens `stride` apart.
+    template <int T, typename W>
+    static inline void dot_q4(W w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int64_t k = 0; k < count; k += 8)
             for (int t = 0; t < T; t++)
                 for (int r = 0; r < N; r++)
                     for (int j = 0; j < 4; j++) {
                         const int8_t* xt = x + t * stride + k + j;
-                        sums[t].v[r] += (w[4 * r + j] & 15) * xt[0] + (w[4 * r + j] >> 4) * xt[4];
+                        const int32_t both = byte_of(w, k / 2 + j, r);
+                        sums[t].v[r] += (both & 15) * xt[0] + (both >> 4) * xt[4];
                     }
     }
-    template <int T>
-    static inline void dot_q8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int64_t k = 0; k < count; k += 4, w += 64)
+    // The same for int8 as stored: q + 128.
+    template <int T, typename W>
+    static inline void dot_q8(W w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int64_t k = 0; k < count; k++)
             for (int t = 0; t < T; t++)
-                for (int r = 0; r < N; r++)
-                    for (int j = 0; j < 4; j++) sums[t].v[r] += int8_t(w[4 * r + j]) * x[t * stride + k + j];
+                for (int r = 0; r < N; r++) sums[t].v[r] += byte_of(w, k, r) * x[t * stride + k];
     }
-    // Adds q * x for int8 q and 16-bit x. A group of 64 stays below 2^31: 64 * 128 * 32767.
-    template <int T>
-    static inline void dot_q8_x16(const uint8_t* w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        for (int64_t k = 0; k < count; k += 4, w += 64)
+    // Adds u * x for bytes u and 16-bit x. A group of 64 stays below 2^31: 64 * 255 * 32767.
+    template <int T, typename W>
+    static inline void dot_q8_x16(W w, const int16_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
+        for (int64_t k = 0; k < count; k++)
             for (int t = 0; t < T; t++)
-                for (int r = 0; r < N; r++)
-                    for (int j = 0; j < 4; j++) sums[t].v[r] += int8_t(w[4 * r + j]) * x[t * stride + k + j];
+                for (int r = 0; r < N; r++) sums[t].v[r] += byte_of(w, k, r) * x[t * stride + k];
     }
     // sums[t] += w * x over `pairs` of 16-bit values: w [pairs][16][2], the same two of x in every lane.
     template <int T>
@@ -148,7 +161,7 @@ struct Isa {
     }
     template <int T>
     static inline void gemm_u4(const uint8_t* w, const int8_t* x, int64_t stride, int64_t count, Int (&sums)[T]) {
-        dot_q8<T>(w, x, stride, count, sums); // u is at most 15, the same signed or not
+        dot_q8<T>(LaidOut{w}, x, stride, count, sums);
     }
     static inline Float column_q4(const uint8_t* block, int shift) {
         Float a;
@@ -157,7 +170,7 @@ struct Isa {
     }
     static inline Float column_q8(const uint8_t* block, int byte) {
         Float a;
-        for (int r = 0; r < N; r++) a.v[r] = float(int8_t(block[4 * r + byte]));
+        for (int r = 0; r < N; r++) a.v[r] = float(block[4 * r + byte]);
         return a;
     }
 };
