@@ -1,8 +1,8 @@
 """Products with packed weights in the native library.
 
 A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread; or its
-values stay in their file, mapped into memory, and only scales and zero points are laid out. Up to 16 tokens run a kernel
-that is bound by the stream of values, more tokens a blocked product on the integer units.
+values stay in their file, mapped into memory, and only scales and zero points are laid out. Up to 16 tokens run a
+kernel that is bound by the stream of values, more tokens a blocked product on the integer units.
 
 Activations are quantized on the fly to int8 or int16 per token and group of 64 (or 32), or kept as floats. int4 weights
 take int8 by default: what it adds to their own loss is negligible. int8 weights take int16, since int8 activations

@@ -1,7 +1,8 @@
 """Native attention against float64, on every instruction set that this machine runs.
 
-Over rows of floats it is exact up to float32, but for softmax weights over bf16 rows: an instruction set that multiplies
-pairs of bf16 rounds them to bf16. Nothing here may depend on threads, on the tokens beside one, or on what lies behind.
+Over rows of floats it is exact up to float32, but for softmax weights over bf16 rows: an instruction set that
+multiplies pairs of bf16 rounds them to bf16. Nothing here may depend on threads, on the tokens beside one, or on what
+lies behind.
 """
 
 from __future__ import annotations
