@@ -204,8 +204,9 @@ def _quantize(ledger: _Ledger, compute: Compute, tokens: int, kv_format: KVForma
     """`kv_rows.quantize_rows` of the new keys and values, one after the other: floats, turned, as steps and rounded."""
     if kv_format.is_quantized and not compute.native_attention:
         new = 4 * tokens * compute.config.num_key_value_heads * compute.config.head_dim
-        ledger.hold("cache", **{"rows turned": 2 * new, "rows in steps": 2 * new})
-        ledger.drop("rows turned", "rows in steps")
+        unbiased = new if compute.config.attention_bias and kv_format.key_bits < 16 else 0
+        ledger.hold("cache", **{"keys less their bias": unbiased, "rows turned": 2 * new, "rows in steps": 2 * new})
+        ledger.drop("keys less their bias", "rows turned", "rows in steps")
 
 
 def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from glm4run.cards import demo_folder
 from glm4run.generate import load_model
 from glm4run.kernels import Activations
 from glm4run.kernels.cpu import ops as native_ops
+from glm4run.key_offset import key_offsets
 from glm4run.kv_cache import KVCache
 from glm4run.kv_format import parse_kv_bits
 from glm4run.kv_rows import KVLayer, KVRows
@@ -342,7 +343,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def new_cache(model: Glm4Model, capacity: int, kept: str = "16") -> KVCache:
-    return KVCache(model.config, capacity, dtype=model.dtype, device=torch.device("cpu"), kv_format=parse_kv_bits(kept))
+    kv_format = parse_kv_bits(kept)
+    return KVCache(
+        model.config,
+        capacity,
+        dtype=model.dtype,
+        device=torch.device("cpu"),
+        kv_format=kv_format,
+        key_offsets=key_offsets(model) if kv_format.key_bits < 16 else (),
+    )
 
 
 def stepped(model: Glm4Model, sizes: tuple[int, ...], kept: str = "16") -> Tensor:
