@@ -170,7 +170,7 @@ class Glm4Model(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, *, logits: Literal["last", "all"] = "last") -> Tensor:
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
         with self._threads():
-            hidden = self._hidden_states(ids, cache)
+            hidden = self.hidden_states(ids, cache)
             out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
             return out.float()
 

@@ -183,7 +183,12 @@ def test_attention(isa: str, heads: int, kv_heads: int, head_dim: int) -> None:
         query, key, value = attention_case(heads, kv_heads, head_dim, tokens, positions, dtype)
         with running(isa):
             got = in_the_library(query, key, value)
-        assert_same(got, exact_attention(query, key, value), dtype, floor=3e-6)
+        expected = exact_attention(query, key, value)
+        if isa == "avx512-bf16" and dtype == torch.bfloat16:  # it rounds weights and their sum to bf16
+            size = exact_attention(query, key, value.abs())
+            assert ((got.double() - expected).abs() <= 2.0**-8 * (expected.abs() + size) + 3e-6).all()
+        else:
+            assert_same(got, expected, dtype, floor=3e-6)
 
 
 @pytest.mark.parametrize("tokens", [8, 9])
