@@ -20,7 +20,7 @@ import torch
 from fidelity import ROWS, Bench, dense, table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+sys.path.append(str(ROOT / "scripts"))  # before what lies there can be imported
 
 import demo_corpus  # noqa: E402
 import train_demo  # noqa: E402

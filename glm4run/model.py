@@ -6,8 +6,9 @@ one block: the 0414 members (`glm4`) norm each branch once more before it joins 
 
 from __future__ import annotations
 
-import contextlib
-from typing import Literal, Protocol
+import functools
+from collections.abc import Callable
+from typing import Concatenate, Literal, ParamSpec, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from glm4run.memory import logits_block_rows
 from glm4run.ops import Ops, split_heads
 from glm4run.rope import Rope
 from glm4run.torch_threads import one_torch_thread
+
+P = ParamSpec("P")
 
 
 class LayerStack(Protocol):
@@ -121,6 +124,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops.rms_norm)
 
 
+def _beside_the_library(
+    method: Callable[Concatenate[Glm4Model, P], Tensor],
+) -> Callable[Concatenate[Glm4Model, P], Tensor]:
+    """torch keeps to one thread: with a stack the native library computes everything that is worth another."""
+
+    @functools.wraps(method)
+    def alone(model: Glm4Model, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with one_torch_thread(model.stack is not None):
+            return method(model, *args, **kwargs)
+
+    return alone
+
+
 class Glm4Model(nn.Module):
     """A GLM-4-family causal language model.
 
@@ -139,19 +155,12 @@ class Glm4Model(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.stack: LayerStack | None = None
 
+    @_beside_the_library
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [..., T] to the normed hidden states [..., T, hidden].
 
         With a `cache` (ids then [T]) the tokens stand behind `cache.position`, and become part of it.
         """
-        with self._threads():
-            return self._hidden_states(ids, cache)
-
-    def _threads(self) -> contextlib.AbstractContextManager[None]:
-        """With a stack the native library computes everything that is worth a thread."""
-        return one_torch_thread(self.stack is not None)
-
-    def _hidden_states(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         count = ids.shape[-1]
         start = 0 if cache is None else cache.position
         rope = self.rope.cos_sin(start, count, ids.device)
@@ -167,22 +176,19 @@ class Glm4Model(nn.Module):
         normed: Tensor = self.model.norm(x).to(self.dtype)
         return normed
 
+    @_beside_the_library
     def forward(self, ids: Tensor, cache: KVCache | None = None, *, logits: Literal["last", "all"] = "last") -> Tensor:
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
-        with self._threads():
-            hidden = self.hidden_states(ids, cache)
-            out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
-            return out.float()
+        hidden = self.hidden_states(ids, cache)
+        out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
+        return out.float()
 
+    @_beside_the_library
     def decode_together(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
         """One more token of several sequences, which share the read of every weight: ids [S] to logits float32 [S, V].
 
         Needs a `stack`. Every row is the same to the bit as that of its sequence alone.
         """
-        with self._threads():
-            return self._decode_together(ids, caches)
-
-    def _decode_together(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
         assert self.stack is not None
         positions = [cache.position for cache in caches]
         for cache in caches:

@@ -38,6 +38,6 @@ def with_groups(command: Callable[..., T]) -> Callable[..., T]:
             given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
         return command(**given)
 
-    flattened.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    flattened.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]  # inspect reads it
     flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     return flattened
