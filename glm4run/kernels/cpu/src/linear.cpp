@@ -15,10 +15,10 @@
 namespace {
 
 constexpr int MAX_OUTPUTS = 3; // query, key and value of a layer in one job
-// Most of a streamed weight goes in long pieces: at each new one the memory's prefetchers start again. The last go in
-// short ones, so that the threads end together.
-constexpr int64_t DECODE_LONG_PIECE_BYTES = 512 << 10;
-constexpr int64_t DECODE_PIECE_BYTES = 96 << 10;
+// A streamed weight goes in long pieces first, for at each new one the memory's prefetchers start again, and in ever
+// shorter ones to its end, so that the threads end together.
+constexpr int SIZES = 3;
+constexpr int64_t DECODE_PIECE_BYTES[SIZES] = {2048 << 10, 512 << 10, 96 << 10};
 constexpr int64_t GEMM_PIECE_PANELS = 4;
 
 struct Output {
@@ -29,12 +29,31 @@ struct Output {
     int64_t first_panel; // in the job's count over all outputs
 };
 
+// Panels in a row, shared out in pieces of up to three sizes.
+struct Pieces {
+    int64_t size[SIZES], count[SIZES];
+
+    int64_t total() const { return count[0] + count[1] + count[2]; }
+    // Panels before piece `index`, and of it.
+    void find(int64_t index, int64_t& first, int64_t& panels) const {
+        first = 0;
+        int i = 0;
+        for (; i + 1 < SIZES && index >= count[i]; i++) {
+            first += count[i] * size[i];
+            index -= count[i];
+        }
+        first += index * size[i];
+        panels = size[i];
+    }
+};
+
 struct LinearContext {
     Output outputs[MAX_OUTPUTS];
     const Kernels* kernels;
     QuantizedRows quantized;
     FloatRows exact; // x null: quantized activations
-    int64_t tokens, panels, piece_panels, long_pieces, long_panels;
+    int64_t tokens, panels;
+    Pieces pieces;
     int32_t count, dtype;
     bool streams; // each panel is met once by all tokens, as it is
 };
@@ -175,9 +194,8 @@ PieceMemory piece_memory(const LinearContext& c, int64_t panels, Ticket& ticket)
 
 void linear_piece(const void* context, int64_t index, Ticket& ticket) {
     const LinearContext& c = *static_cast<const LinearContext*>(context);
-    const bool is_long = index < c.long_pieces;
-    const int64_t size = is_long ? c.long_panels : c.piece_panels;
-    const int64_t first = is_long ? index * size : c.long_pieces * c.long_panels + (index - c.long_pieces) * size;
+    int64_t first, size;
+    c.pieces.find(index, first, size);
     const int64_t last = first + size < c.panels ? first + size : c.panels;
     const int64_t each = c.tokens * PANEL_ROWS;
     const PieceMemory memory = piece_memory(c, last - first, ticket);
@@ -197,6 +215,26 @@ void linear_piece(const void* context, int64_t index, Ticket& ticket) {
         c.kernels->write_panel(memory.sums + (panel - first) * each, c.tokens, at.rows(), bias, c.dtype,
                                static_cast<char*>(out.y) + row * element, out.stride);
     }
+}
+
+Pieces equal_pieces(int64_t panels, int64_t size) { return {{0, 0, size}, {0, 0, (panels + size - 1) / size}}; }
+
+Pieces stream_pieces(int64_t panels, int64_t bytes_of_one) {
+    const int64_t threads = pool_threads(), fine = panels / (4 * threads); // small products are shared out finely
+    int64_t shortest = DECODE_PIECE_BYTES[SIZES - 1] / bytes_of_one;
+    if (shortest > fine) shortest = fine;
+    Pieces pieces{};
+    for (int i = 0; i + 1 < SIZES; i++) {
+        const int64_t size = DECODE_PIECE_BYTES[i] / bytes_of_one, rest = panels - threads * size;
+        if (size <= shortest || rest < size) continue;
+        pieces.size[i] = size;
+        pieces.count[i] = rest / size;
+        panels -= pieces.count[i] * size;
+    }
+    const Pieces last = equal_pieces(panels, shortest < 1 ? 1 : shortest);
+    pieces.size[SIZES - 1] = last.size[SIZES - 1];
+    pieces.count[SIZES - 1] = last.count[SIZES - 1];
+    return pieces;
 }
 
 // Activations into the form that the kernels read, rows shared out over the threads.
@@ -368,18 +406,7 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
     pool_run({prepare_piece, prepare_pieces, false}, &prepare, sizeof prepare);
     // int4 with int16 is met unpacked: there is no kernel for it that streams.
     c.streams = first.activations != 0 && tokens <= MAX_DECODE_TOKENS && (first.bits == 8 || first.activations == 8);
-    c.piece_panels = GEMM_PIECE_PANELS;
-    if (c.streams) {
-        c.piece_panels = DECODE_PIECE_BYTES / panel_bytes(first);
-        const int64_t enough = c.panels / (4 * pool_threads()); // small products are shared out finely
-        if (c.piece_panels > enough) c.piece_panels = enough;
-        if (c.piece_panels < 1) c.piece_panels = 1;
-        c.long_panels = DECODE_LONG_PIECE_BYTES / panel_bytes(first);
-        const int64_t rest = c.panels - pool_threads() * c.long_panels;
-        if (c.long_panels > c.piece_panels && rest > 0) c.long_pieces = rest / c.long_panels;
-    }
-    const int64_t short_panels = c.panels - c.long_pieces * c.long_panels;
-    const int64_t pieces = c.long_pieces + (short_panels + c.piece_panels - 1) / c.piece_panels;
-    pool_run({linear_piece, pieces, true}, &c, sizeof c);
+    c.pieces = c.streams ? stream_pieces(c.panels, panel_bytes(first)) : equal_pieces(c.panels, GEMM_PIECE_PANELS);
+    pool_run({linear_piece, c.pieces.total(), true}, &c, sizeof c);
     return 0;
 }

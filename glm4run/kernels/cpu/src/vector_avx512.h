@@ -17,7 +17,6 @@ struct Isa {
     static constexpr int Q8_OFFSET = 128;
     static constexpr bool SPLIT_INT16 = true; // 16-bit activations go in as their bytes
     static constexpr int DECODE_TOKENS = 8;
-    static constexpr int DECODE_PANELS = 4;
     static constexpr int GEMM_TOKENS = 16;
     static constexpr int GEMM_TOKENS_X16 = 12;
     static constexpr bool PREFETCH = true;
@@ -77,6 +76,19 @@ struct Isa {
 #endif
     }
 
+    // The same with x by way of a register: where words come from memory, this reads them a tenth faster.
+    static inline void add_dot_apart(Int& sum, Int u, const int8_t* x) {
+        int32_t word;
+        __builtin_memcpy(&word, x, 4);
+        Int same = _mm512_set1_epi32(word);
+        once(same);
+#if defined(__AVX512VNNI__)
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(same));
+#else
+        sum = _mm512_dpbusd_epi32(sum, u, same);
+#endif
+    }
+
     // Rows r, r + 4, r + 8 and r + 12: 16 bytes of each.
     static inline Int four_rows(const uint8_t* p, int64_t stride) {
         Int rows = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p));
@@ -123,8 +135,8 @@ struct Isa {
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) {
                     const int8_t* xt = x + t * stride + k + 8 * j;
-                    add_dot(low[t][j % S], lower, xt);
-                    add_dot(high[t][j % S], upper, xt + 4);
+                    T == 1 ? add_dot_apart(low[t][j % S], lower, xt) : add_dot(low[t][j % S], lower, xt);
+                    T == 1 ? add_dot_apart(high[t][j % S], upper, xt + 4) : add_dot(high[t][j % S], upper, xt + 4);
                 }
             }
         }
