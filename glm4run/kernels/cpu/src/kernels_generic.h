@@ -233,81 +233,107 @@ struct Cursor {
 // second-level cache meanwhile (into the first would wait for its few buffers).
 struct RowStream {
     static constexpr int FETCH_FROM = 1; // the memory's own prefetchers do not follow 16 rows
+    static constexpr int PANELS = 1;
     const uint8_t* at;
     int64_t row_bytes;
 
     RowStream(const G4Weight& w, const uint8_t* values) : at(values), row_bytes(w.row_bytes) {}
-    RowWords words() const { return {at, row_bytes}; }
+    RowWords words(int64_t offset) const { return {at + offset, row_bytes}; }
     void move(int64_t bytes) { at += bytes; }
 };
 
-// One forward stream, that the memory's own prefetchers follow: software prefetch slows it, and so do several panels at
-// once. Only where arithmetic is the bound the prefetchers fall behind.
+// One forward stream, that the memory's own prefetchers follow: software prefetch slows it. Only where arithmetic is the
+// bound the prefetchers fall behind. PANELS: how many long panels of int4 are read side by side.
 struct LaidOutStream {
     static constexpr int FETCH_FROM = 4;
+    static constexpr int PANELS = Isa::DECODE_PANELS;
     const uint8_t* at;
 
     LaidOutStream(const G4Weight&, const uint8_t* values) : at(values) {}
-    LaidOut words() const { return {at}; }
+    LaidOut words(int64_t offset) const { return {at + offset}; }
     void move(int64_t bytes) { at += LANES * bytes; }
 };
 
-// T tokens' products with a panel. `each` groups of activations meet one scale.
-template <typename STREAM, Form FORM, int GROUP, int T, bool SYMMETRIC>
+// T tokens' products with P neighbouring panels. `each` groups of activations meet one scale.
+template <typename STREAM, Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
 G4_NOINLINE void decode_tokens(const Panel& p, const G4Weight& weight, const uint8_t* values, const QuantizedRows& x,
                                int64_t token, float* out) {
     constexpr int64_t ROW_BYTES = GROUP * (FORM == INT4_INT8 ? 4 : 8) / 8;
-    const int64_t each = x.groups() / p.scale_groups;
+    const int64_t each = x.groups() / p.scale_groups, stride = panel_stride(weight), side = side_bytes(weight);
     Cursor<FORM, GROUP> at(x, 0, token);
-    Float totals[T];
-    for (int t = 0; t < T; t++) totals[t] = Isa::zero();
+    Float totals[P][T];
+    for (int i = 0; i < P; i++)
+        for (int t = 0; t < T; t++) totals[i][t] = Isa::zero();
     STREAM stream(weight, values);
+    const uint8_t* next = values + stride;
     const uint8_t* scales = p.scales;
     const uint8_t* zero_points = p.zero_points;
     const int64_t scale_bytes = p.scale_bytes;
     const int32_t dtype = p.dtype;
     const Int zero_offset = Isa::int_set1(p.half - p.offset);
-    const uint8_t* next = values + panel_stride(weight);
     int64_t left = each;
     for (int64_t groups = p.scale_groups * each; groups > 0; groups--, stream.move(ROW_BYTES), at.next_group()) {
-        if (Isa::PREFETCH && T >= STREAM::FETCH_FROM && token == 0)
+        if (Isa::PREFETCH && P == 1 && T >= STREAM::FETCH_FROM && token == 0)
             for (int64_t ahead = 0; ahead < ROW_BYTES * LANES; ahead += 64, next += 64) Isa::prefetch_further(next);
-        Int sums[T];
-        for (int t = 0; t < T; t++) {
-            sums[t] = Isa::int_set1(at.sum[t]);
-            if constexpr (!SYMMETRIC)
-                sums[t] = Isa::int_mul(Isa::int_sub(Isa::load_bytes(zero_points), zero_offset), sums[t]);
+#pragma GCC unroll 4
+        for (int i = 0; i < P; i++) {
+            Int sums[T];
+            for (int t = 0; t < T; t++) {
+                sums[t] = Isa::int_set1(at.sum[t]);
+                if constexpr (!SYMMETRIC)
+                    sums[t] = Isa::int_mul(Isa::int_sub(Isa::load_bytes(zero_points + i * side), zero_offset), sums[t]);
+            }
+            dot<FORM, GROUP, T>(stream.words(i * stride), at.q, sums);
+            const Float scale = Isa::load_scales(scales + i * side, dtype);
+            for (int t = 0; t < T; t++)
+                totals[i][t] = Isa::fma(Isa::mul(scale, Isa::set1(at.scale[t])), Isa::to_float(sums[t]), totals[i][t]);
         }
-        dot<FORM, GROUP, T>(stream.words(), at.q, sums);
-        const Float scale = Isa::load_scales(scales, dtype);
-        for (int t = 0; t < T; t++)
-            totals[t] = Isa::fma(Isa::mul(scale, Isa::set1(at.scale[t])), Isa::to_float(sums[t]), totals[t]);
         left--;
         scales += left == 0 ? scale_bytes : 0;
         if constexpr (!SYMMETRIC) zero_points += left == 0 ? LANES : 0;
         left = left == 0 ? each : left;
     }
-    for (int t = 0; t < T; t++) Isa::store(out + t * LANES, totals[t]);
+    for (int i = 0; i < P; i++)
+        for (int t = 0; t < T; t++) Isa::store(out + (i * x.tokens + t) * LANES, totals[i][t]);
 }
 
-// `tokens` from `token` on: T at a time, and what is left in fewer.
-template <typename STREAM, Form FORM, int GROUP, int T, bool SYMMETRIC>
-inline void decode_some(const Panel& p, const G4Weight& w, const uint8_t* values, const QuantizedRows& x, int64_t token,
+// `tokens` from `token` on with P panels: T at a time, and what is left in fewer. Many tokens' sums leave registers for
+// one panel only.
+template <typename STREAM, Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
+inline void decode_some(const G4Weight& w, PanelPlace place, int32_t offset, const QuantizedRows& x, int64_t token,
                         float* out) {
+    constexpr int WIDE = T > 4 ? 1 : P;
     for (; token + T <= x.tokens; token += T)
-        decode_tokens<STREAM, FORM, GROUP, T, SYMMETRIC>(p, w, values, x, token, out + token * LANES);
-    if constexpr (T > 1) decode_some<STREAM, FORM, GROUP, T / 2, SYMMETRIC>(p, w, values, x, token, out);
+        for (int i = 0; i < P; i += WIDE)
+            decode_tokens<STREAM, FORM, GROUP, T, WIDE, SYMMETRIC>(
+                Panel(w, place.side + i * side_bytes(w), offset), w, place.values + i * panel_stride(w), x, token,
+                out + (i * x.tokens + token) * LANES);
+    if constexpr (T > 1) decode_some<STREAM, FORM, GROUP, T / 2, P, SYMMETRIC>(w, place, offset, x, token, out);
 }
+
+// P panels at a time while there are as many.
+template <typename STREAM, Form FORM, int GROUP, int P>
+inline void decode_run(const G4Weight& w, PanelPlace& place, int64_t& count, int32_t offset, const QuantizedRows& x,
+                       float*& out) {
+    for (; count >= P; count -= P, out += P * x.tokens * LANES) {
+        w.asymmetric ? decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, false>(w, place, offset, x, 0, out)
+                     : decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, true>(w, place, offset, x, 0, out);
+        place.side += P * side_bytes(w);
+        place.values += P * panel_stride(w);
+    }
+}
+
+// Long panels of int4 are read side by side, for the activations that they meet then come from the second-level cache
+// once for all. Of shorter panels that makes several short streams, where a long one reads faster (benchmarks/kernels.py).
+constexpr int64_t LONG_PANEL_BYTES = 64 << 10;
 
 template <typename STREAM, Form FORM, int GROUP>
 void decode_stream(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x, float* out) {
-    for (; count > 0; count--, out += x.tokens * LANES) {
-        const Panel p(w, place.side, offset);
-        w.asymmetric ? decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, false>(p, w, place.values, x, 0, out)
-                     : decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, true>(p, w, place.values, x, 0, out);
-        place.side += side_bytes(w);
-        place.values += panel_stride(w);
+    if constexpr (STREAM::PANELS > 1 && FORM == INT4_INT8) {
+        if (panel_stride(w) >= LONG_PANEL_BYTES)
+            decode_run<STREAM, FORM, GROUP, STREAM::PANELS>(w, place, count, offset, x, out);
     }
+    decode_run<STREAM, FORM, GROUP, 1>(w, place, count, offset, x, out);
 }
 
 template <Form FORM, int GROUP>

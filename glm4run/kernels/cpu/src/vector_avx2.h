@@ -21,6 +21,7 @@ struct Isa {
 #endif
     static constexpr bool SPLIT_INT16 = false;
     static constexpr int DECODE_TOKENS = 4; // tokens whose sums stay in registers
+    static constexpr int DECODE_PANELS = 1;
     static constexpr int GEMM_TOKENS = 4;
     static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr bool PREFETCH = true;

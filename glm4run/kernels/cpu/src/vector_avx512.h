@@ -17,6 +17,7 @@ struct Isa {
     static constexpr int Q8_OFFSET = 128;
     static constexpr bool SPLIT_INT16 = true; // 16-bit activations go in as their bytes
     static constexpr int DECODE_TOKENS = 8;
+    static constexpr int DECODE_PANELS = 4;
     static constexpr int GEMM_TOKENS = 16;
     static constexpr int GEMM_TOKENS_X16 = 12;
     static constexpr bool PREFETCH = true;

@@ -12,6 +12,7 @@ struct Isa {
     static constexpr int Q8_OFFSET = 0;
     static constexpr bool SPLIT_INT16 = false;
     static constexpr int DECODE_TOKENS = 4;
+    static constexpr int DECODE_PANELS = 1;
     static constexpr int GEMM_TOKENS = 4;
     static constexpr int GEMM_TOKENS_X16 = 4;
     static constexpr bool PREFETCH = true;
