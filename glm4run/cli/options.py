@@ -253,6 +253,7 @@ def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
     """`--check-plan`: the plan, the measured peak, and the error between them."""
     from glm4run.plan_check import check_plan
 
+    loaded.settle()  # what it holds at its fullest
     note(check_plan(loaded.run_now, loaded.plan, loaded.device, tokens_held).describe())
 
 
