@@ -64,7 +64,7 @@ class LaterLayout:
         return not self._weights and self._embedding is None
 
     def wait(self) -> bool:
-        """Has everything moved as fast as possible; False where there is no room, and the rest is used from its file."""
+        """Has everything moved as fast as possible; False where there is no room: the rest is used from its file."""
         self._hurries = True
         if self._thread.is_alive():
             self._thread.join()

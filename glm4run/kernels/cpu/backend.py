@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class NativeWeight:
         """What the values take once they are laid out."""
         return int(native().g4_laid_out_bytes(ctypes.byref(self.struct)))
 
-    def move(self) -> Iterator[None]:
+    def move(self) -> Generator[None]:
         """Lays mapped values out in panels, a few milliseconds of work at a time, and then takes these for products.
 
         Products may run meanwhile, in other threads too. Once all is there the file's pages leave this process.
