@@ -4,9 +4,9 @@
     python benchmarks/fresh_memory.py MODEL_DIR [--rounds 3] [--pause 5] [--tokens 24] [--mmap]
 
 In turns, each in a process of its own: one writes a byte to every page of as much new memory as the weights take, from
-every core, and nothing else; one loads the model and decodes a first token, goes on decoding while the weights move into
-memory, waits until they have moved and decodes again. With `--mmap` another one leaves the weights in their files. The
-pause between two lets the system take back what the last one freed.
+every core, and nothing else; one loads the model and decodes a first token, goes on decoding while the weights move
+into memory, waits until they have moved and decodes again. With `--mmap` another one leaves the weights in their files.
+The pause between two lets the system take back what the last one freed.
 
 first_token_s is from before the first import, import_s and load_s are parts of it. prompt: 16 tokens.
 """

@@ -148,6 +148,8 @@ def load_weights(
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
         maps = mmap and target.type == "cpu" and chosen is not None and chosen.name == "native"
+        if mmap and not maps:
+            notices.append("the weights are read into memory: only the native kernels use them from their files")
         run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format, mmap=maps)
         plan = choose_context(run, target, context_len)
         moves = not maps and target.type == "cpu" and chosen is not None and chosen.name == "native" and _moves(run)

@@ -62,13 +62,10 @@ static_assert(sizeof(LinearContext) <= MAX_CONTEXT, "pool.h: MAX_CONTEXT");
 
 // A weight as it is at this moment: another thread may have laid it out by now.
 G4Weight weight_now(const G4Weight& w) {
-    G4Weight now = w;
     const uint8_t* panels = __atomic_load_n(&w.panels, __ATOMIC_ACQUIRE);
-    if (panels != nullptr) {
-        now.values = panels;
-        now.row_bytes = 0;
-    }
-    return now;
+    const uint8_t* values = panels == nullptr ? w.values : panels;
+    return {w.side,  values,        panels == nullptr ? w.row_bytes : 0, w.rows, w.columns, w.bits,
+            w.group, w.scale_dtype, w.asymmetric,                        w.activations,     nullptr};
 }
 
 std::atomic<int64_t> last_product{0}; // when one began, in nanoseconds of the steady clock
