@@ -104,6 +104,7 @@ def main() -> None:
     given = parser.parse_args()
     context = (given.shared or 448) + 64
     loaded = load_model(given.model, context_len=context, threads=given.threads, kv_bits=given.kv_bits)
+    loaded.settle()
     model = dataclasses.replace(loaded, stop_ids=frozenset())  # answers of equal length
     if model.why_no_speculation is not None:
         parser.error(model.why_no_speculation)

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=2048)
     args = parser.parse_args()
     model = load_model(args.model, backend=args.backend, dtype=args.dtype, context_len=args.ctx)
+    model.settle()
     loaded_rss = _peak_rss()
     usable = model.tokenizer.usable_ids()
     prompt = [usable[(7 * i) % 256] for i in range(args.prompt)]

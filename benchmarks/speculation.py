@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="only time forwards of 1 to 8 tokens")
     given = parser.parse_args()
     loaded = load_model(given.model, context_len=1024, threads=given.threads)
+    loaded.settle()
     model = dataclasses.replace(loaded, stop_ids=frozenset())  # answers of equal length
     if model.why_no_speculation is not None:
         parser.error(model.why_no_speculation)

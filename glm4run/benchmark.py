@@ -162,6 +162,7 @@ def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
 
 def time_prefill(model: LoadedModel, tokens: int, depth: int = 0) -> float:
     """Seconds to feed `tokens` behind `depth` others and to have the last one's logits."""
+    model.settle()
     context = _filled(model, depth, tokens)
     with torch.inference_mode():
         started = time.perf_counter()
@@ -172,6 +173,7 @@ def time_prefill(model: LoadedModel, tokens: int, depth: int = 0) -> float:
 
 def time_decode(model: LoadedModel, tokens: int, depth: int = 0) -> float:
     """Seconds to decode `tokens`, greedily, behind `depth` others (at least one)."""
+    model.settle()
     context = _filled(model, max(1, depth), tokens + 1)
     with torch.inference_mode():
         token = _feed(model, context, _ids(model, 1))  # warm: the first step after a prefill is not typical
@@ -207,6 +209,7 @@ def measure(
             f"the tests need a context of {longest} tokens, this one has {model.plan.context_len}",
             hint="use smaller --prompt, --generate or --depth",
         )
+    model.settle()
     tests = [(f"pp{tokens}", tokens, time_prefill) for tokens in prompts]
     if generate:
         tests.append((f"tg{generate}", generate, time_decode))

@@ -157,6 +157,7 @@ def load_model(
         context_len: tokens; None takes the largest that fits the memory, up to the model's own.
         rope_theta: overrides the config's base. yarn: auto (when the context asks for it), on, off.
         mmap: leave packed weights and the embedding in their files, mapped into memory, where the native kernels run.
+            Without it a large model begins so and moves into memory while it is used; `settle` waits for that.
 
     Raises:
         Glm4RunError: with what to do. See `loading.load_weights`.
@@ -209,6 +210,7 @@ def _assemble(folder: Path, weights: LoadedWeights, tokenizer: Tokenizer, starte
         backend_reason=weights.backend_reason,
         notices=weights.notices,
         load_s=time.perf_counter() - started,
+        layout=weights.layout,
         device=first.device,
     )
 

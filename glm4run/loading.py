@@ -15,12 +15,16 @@ from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig, read_config
 from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.kernels import ACTIVATIONS, Activations, Backend, LinearSpec, select_backend
+from glm4run.kernels.cpu.backend import NativeWeight
 from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.kv_format import KVFormat
+from glm4run.later_layout import SMALLEST_BYTES, LaterLayout, MappedEmbedding
 from glm4run.layer_stack import native_stack
+from glm4run.layers import QuantizedLinear
 from glm4run.machine import default_threads
 from glm4run.memory import MemoryPlan, Run
 from glm4run.memory.heap import kept_block_bytes, return_large_blocks
+from glm4run.memory.weights import EMBEDDING
 from glm4run.model import Glm4Model
 from glm4run.ops import NativeOps, Ops, choose_ops
 from glm4run.quant_config import QuantScheme, on_load_scheme
@@ -44,6 +48,7 @@ class LoadedWeights:
     backend_detail: str  # the kernels that it runs here
     backend_reason: str
     notices: tuple[str, ...]
+    layout: LaterLayout | None  # moves the weights into their kernels' order; None: they stay as they are
 
 
 def use_threads(count: int | None) -> None:
@@ -117,6 +122,7 @@ def load_weights(
     `quantize_on_load`: one of `quant_config.ON_LOAD`, by which another library packs the layers' linears of a dense
     folder as they come; None does so only where such a library is the named `backend`.
     `mmap`: packed values and the embedding stay in their files, mapped into memory, where the native kernels run.
+    Without it a large model begins so, and moves into memory while it is used (`later_layout`).
     `held_bytes`: what the process held before anything of this model was loaded; None measures it now.
 
     Raises:
@@ -142,14 +148,21 @@ def load_weights(
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
         maps = mmap and target.type == "cpu" and chosen is not None and chosen.name == "native"
+        if mmap and not maps:
+            notices.append("the weights are read into memory: only the native kernels use them from their files")
         run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format, mmap=maps)
         plan = choose_context(run, target, context_len)
+        moves = not maps and target.type == "cpu" and chosen is not None and chosen.name == "native" and _moves(run)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=ops)
-        TensorLoader(reader, model, target, compute, chosen, progress, mmap=maps).run(specs)
+        loader = TensorLoader(reader, model, target, compute, chosen, progress, mmap=maps or moves)
+        loader.run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
     return_large_blocks(kept_block_bytes(plan.weight_bytes))
+    layout = _later_layout(model, loader) if moves else None
+    if layout is not None:
+        layout.start()
     return LoadedWeights(
         model,
         plan,
@@ -158,7 +171,29 @@ def load_weights(
         backend_detail="dense" if chosen is None else chosen.describe(),
         backend_reason=reason,
         notices=(*config.notices, *notices),
+        layout=layout,
     )
+
+
+def _moves(run: Run) -> bool:
+    """Whether a model begins with its weights in their files and moves later.
+
+    A large one does, whose plan stays true meanwhile: the embedding comes last, and makes room for any other weight to
+    be there twice.
+    """
+    others = [item.bytes for item in run.weights.kept if item.name != EMBEDDING]
+    tied = run.config.tie_word_embeddings
+    return not tied and sum(others) >= SMALLEST_BYTES and run.weights.by_class["embedding"] >= max(others)
+
+
+def _later_layout(model: Glm4Model, loader: TensorLoader) -> LaterLayout:
+    """The head first, whose weights gain most, then layer after layer."""
+    linears = [model.lm_head, *model.model.layers.modules()]
+    weights = [linear.prepacked for linear in linears if isinstance(linear, QuantizedLinear)]
+    mapped = [weight for weight in weights if isinstance(weight, NativeWeight) and weight.is_mapped]
+    file = loader.embedding_file
+    embedding = None if file is None else MappedEmbedding(model.model.embed_tokens, file)
+    return LaterLayout(model, mapped, embedding)
 
 
 def _schemes(config: ModelConfig, on_load: str | None, *, asked: bool) -> dict[str, QuantScheme]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader, FileMapping
 from glm4run.errors import CheckpointError
 from glm4run.kernels import Backend, FileRange, LinearSpec
+from glm4run.kernels.cpu.finite import all_finite
 from glm4run.layers import QuantizedLinear
 from glm4run.memory.weights import EMBEDDING
 from glm4run.model import Glm4Model
@@ -49,6 +50,7 @@ class TensorLoader:
         self.reader, self.model, self.device, self.dtype = reader, model, device, dtype
         self.backend, self.progress = backend, progress
         self.mmap = mmap  # what is used as it is stored is not read but mapped
+        self.embedding_file: FileMapping | None = None  # where the embedding is mapped from
         self.total = sum(source.nbytes for source in reader.sources.values())
         self.done = 0
         self.taken: set[str] = set()
@@ -81,7 +83,7 @@ class TensorLoader:
 
     def check_finite(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor. Raises CheckpointError where it holds NaN or infinity."""
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             file = self.reader.sources[name].entry.file
             raise CheckpointError(
                 f"{file.name}: {name} holds NaN or infinity", hint="the file is damaged: get it again"
@@ -111,6 +113,7 @@ class TensorLoader:
         mapped = self.reader.mapped(name) if self.mmap and module == EMBEDDING and not tied else None
         if mapped is not None:
             self.count(name)
+            self.embedding_file = self.reader.mapping(name)
         tensor = self.read(name) if mapped is None else mapped
         if tensor.ndim == 1:
             self.check_finite(name, tensor)

@@ -49,6 +49,13 @@ class FileMapping:
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self.address = int(self._bytes.ctypes.data)
 
+    def drop(self, address: int, nbytes: int) -> None:
+        """Takes whole pages from `address` on out of the process; what is read there comes from the file again."""
+        first = -(-(address - self.address) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (address - self.address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, first, end - first)
+
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The numbers from byte `offset` on. Nothing may be written to them."""
         with warnings.catch_warnings():
@@ -120,7 +127,7 @@ class CheckpointReader:
         entry = source.entry
         shape = (last - first, *entry.shape[1:])
         row_bytes = entry.nbytes // max(1, entry.shape[0])
-        out = _empty(shape, TORCH_DTYPES[entry.dtype])
+        out = empty(shape, TORCH_DTYPES[entry.dtype])
         if math.prod(shape) == 0:
             return out
         descriptor = self._descriptor(entry.file)
@@ -141,7 +148,7 @@ class CheckpointReader:
             return file.fileno()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uninitialized memory; a large piece in huge pages where the system grants them, which fill many times faster."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):

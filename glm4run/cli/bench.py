@@ -110,6 +110,9 @@ def _measure(
 ) -> list[Row]:
     from glm4run.benchmark import measure, slower_than_bf16
 
+    with stderr_console().status("laying weights out"):
+        if not loaded.settle():
+            talk("warning: no memory for panels: weights are read from their files", style="yellow", only="warning:")
     with stderr_console().status("measuring") as status:
         rows = list(
             measure(

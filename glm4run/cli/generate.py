@@ -259,5 +259,6 @@ def _run_batch(
         note(f"{shared} of {asked} prompt tokens had been read for another request")
     note(f"{work.total} answers are in {target}; {tokens} tokens, {tokens / max(elapsed, 1e-9):.1f} tok/s in all")
     if check_plan:
+        loaded.settle()
         note(compare_plan(work.plan.run, work.plan.plan, loaded.device, most).describe())
     return 0

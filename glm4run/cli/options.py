@@ -50,7 +50,7 @@ KVBits = Annotated[
 ]
 Mmap = Annotated[
     bool,
-    typer.Option("--mmap", help="Use packed weights from their files: starts at once, decodes somewhat slower"),
+    typer.Option("--mmap", help="Leave packed weights in their files for good: less memory, decodes somewhat slower"),
 ]
 Dtype = Annotated[str, typer.Option(help="What to compute in: auto, bf16, fp16 or fp32")]
 Ctx = Annotated[str | None, typer.Option(help="Context in tokens, such as 8k; default: the largest that fits")]
@@ -253,6 +253,7 @@ def say_plan_check(loaded: LoadedModel, tokens_held: int) -> None:
     """`--check-plan`: the plan, the measured peak, and the error between them."""
     from glm4run.plan_check import check_plan
 
+    loaded.settle()  # what it holds at its fullest
     note(check_plan(loaded.run_now, loaded.plan, loaded.device, tokens_held).describe())
 
 

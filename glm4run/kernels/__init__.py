@@ -51,6 +51,9 @@ class MappedFile(Protocol):
 
     @property
     def address(self) -> int: ...
+    def drop(self, address: int, nbytes: int) -> None:
+        """Takes the pages from `address` on out of the process; what is read there comes from the file again."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ def test_mapped_weights_give_the_same_bits_and_stay_in_their_files(tmp_path: Pat
     calls: list[tuple[int, int]] = []
     loaded = load_model(folder, backend="native", mmap=True, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1][0] == calls[-1][1]
+    assert not any("native kernels" in notice for notice in loaded.notices)
     linears = [m.prepacked for m in loaded.model.modules() if isinstance(m, QuantizedLinear)]
     assert all(isinstance(weight, NativeWeight) and weight.is_mapped for weight in linears)
     embedding = loaded.model.model.embed_tokens.weight
@@ -185,6 +186,7 @@ def test_mapped_weights_give_the_same_bits_and_stay_in_their_files(tmp_path: Pat
 
 def test_what_the_native_kernels_do_not_run_is_never_mapped(packed: Path) -> None:
     read = load_model(packed, backend="torch", mmap=True)
+    assert any("only the native kernels" in notice for notice in read.notices)
     assert read.plan.bytes_of("embedding") == read.model.model.embed_tokens.weight.nbytes
     assert torch.equal(read.logits(IDS), load_model(packed, backend="torch").logits(IDS))
 

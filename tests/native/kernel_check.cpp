@@ -29,7 +29,9 @@ void* g4_allocate(int64_t bytes);
 void g4_free(void* memory, int64_t bytes);
 int64_t g4_side_bytes(const G4Weight* weight);
 int64_t g4_laid_out_bytes(const G4Weight* weight);
-int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, uint8_t* out);
+int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, int64_t first, int64_t count, uint8_t* out);
+void g4_take_panels(G4Weight* weight, const uint8_t* panels);
+double g4_idle_seconds();
 void g4_lay_out_side(const G4Weight* weight, const uint8_t* scale, const int8_t* zero_point, uint8_t* out);
 }
 
@@ -143,12 +145,12 @@ struct Case {
 
 struct Weight {
     G4Weight w{};
-    Bytes side, values;
+    Bytes side, values, panels;
     std::vector<double> dense; // [N, K]
 
     ~Weight() { pool_quiesce(); } // as g4_free does: an overtaken thread may still read
-    Weight(const Case& c, Random& random) : side(nullptr, nullptr), values(nullptr, nullptr) {
-        w = {nullptr, nullptr, 0, c.rows, c.columns, c.bits, c.group, c.scale_dtype, c.asymmetric, c.activations};
+    Weight(const Case& c, Random& random) : side(nullptr, nullptr), values(nullptr, nullptr), panels(nullptr, nullptr) {
+        w = {nullptr, nullptr, 0, c.rows, c.columns, c.bits, c.group, c.scale_dtype, c.asymmetric, c.activations, nullptr};
         w.row_bytes = padded_row_bytes(w) + 4 * random.below(3); // rows may lie apart
         const int64_t N = c.rows, K = c.columns, G = c.group == 0 ? 1 : K / c.group;
         const int64_t half = int64_t(1) << (c.bits - 1), bytes = (N - 1) * w.row_bytes + padded_row_bytes(w);
@@ -170,11 +172,19 @@ struct Weight {
         g4_lay_out_side(&w, scale.memory.get(), c.asymmetric ? reinterpret_cast<int8_t*>(zero.get()) : nullptr, side.get());
         w.side = side.get();
         w.values = values.get();
-        if (random.below(2) == 0) return;
-        Bytes laid_out = allocate(g4_laid_out_bytes(&w));
+        const int64_t form = random.below(3); // 0: as in the file; 1: laid out; 2: laid out later, in two slices
+        if (form == 0) return;
+        panels = allocate(g4_laid_out_bytes(&w));
         const G4Stored stored{values.get(), w.row_bytes, 0, -1};
-        if (g4_lay_out(&w, &stored, laid_out.get()) != 0) fail("g4_lay_out returned an error");
-        values = std::move(laid_out);
+        const int64_t all = panel_count(w), some = form == 1 ? all : random.below(all + 1);
+        if (g4_lay_out(&w, &stored, 0, some, panels.get()) != 0) fail("g4_lay_out returned an error");
+        if (g4_lay_out(&w, &stored, some, all - some, panels.get() + some * words_bytes(w)) != 0) fail("the second slice");
+        if (form == 2) {
+            g4_take_panels(&w, panels.get());
+            values.reset(); // nobody reads it any more
+            return;
+        }
+        values = std::move(panels);
         w.values = values.get();
         w.row_bytes = 0;
     }

@@ -1,8 +1,9 @@
 """Products with packed weights in the native library.
 
 A weight is laid out in panels of 16 rows once (`src/layout.h`) and then read forward, one stream per thread; or its
-values stay in their file, mapped into memory, and only scales and zero points are laid out. Up to 16 tokens run a
-kernel that is bound by the stream of values, more tokens a blocked product on the integer units.
+values stay in their file, mapped into memory, and only scales and zero points are laid out. Such a weight can still be
+laid out later, while it is in use (`NativeWeight.move`): products are the same to the bit. Up to 16 tokens run a kernel
+that is bound by the stream of values, more tokens a blocked product on the integer units.
 
 Activations are quantized on the fly to int8 or int16 per token and group of 64 (or 32), or kept as floats. int4 weights
 take int8 by default: what it adds to their own loss is negligible. int8 weights take int16, since int8 activations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +32,60 @@ from glm4run.quant_config import Kind
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # G4Dtype
 ACTIVATION_BITS = {"int8": 8, "int16": 16, "bf16": 0}
 MAX_TOGETHER = 3
-K_STEP = 32
+K_STEP, PANEL_ROWS = 32, 16  # of src/layout.h
+SLICE_BYTES = 2 << 20  # a thread, of a weight that moves: a huge page
 
 
-@dataclass(frozen=True, eq=False)
 class NativeWeight:
     """A weight that the library can read. What is its own of that memory is given back with this object."""
 
-    struct: G4Weight
-    nbytes: int
-    spec: LinearSpec
-    is_mapped: bool  # the values are the file's own pages
+    def __init__(self, struct: G4Weight, spec: LinearSpec, memory: _Memory) -> None:
+        self.struct, self.spec = struct, spec
+        self._memory = memory
+        weakref.finalize(self, memory.release)
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the values are the file's own pages."""
+        return bool(self.struct.row_bytes) and not self.struct.panels
+
+    @property
+    def nbytes(self) -> int:
+        """Scales, and values as they lie: in panels or in their file."""
+        return _kept_bytes(self.spec, self.struct)
+
+    @property
+    def panel_bytes(self) -> int:
+        """What the values take once they are laid out."""
+        return int(native().g4_laid_out_bytes(ctypes.byref(self.struct)))
+
+    def move(self) -> Generator[None]:
+        """Lays mapped values out in panels, a few milliseconds of work at a time, and then takes these for products.
+
+        Products may run meanwhile, in other threads too. Once all is there the file's pages leave this process.
+
+        Raises:
+            MemoryError: there is no room; the weight is used as before.
+        """
+        if not self.is_mapped:
+            return
+        library, reference = native(), ctypes.byref(self.struct)
+        panels = self._memory.allocate(self.panel_bytes)
+        try:
+            assert self.struct.values is not None
+            count = -(-self.struct.rows // PANEL_ROWS)
+            each = self.panel_bytes // count
+            step = max(1, library.g4_threads() * SLICE_BYTES // each)
+            stored = G4Stored(rows=self.struct.values, row_bytes=self.struct.row_bytes)
+            for first in range(0, count, step):
+                some = min(step, count - first)
+                library.g4_lay_out(reference, ctypes.byref(stored), first, some, panels + first * each)
+                yield
+            library.g4_take_panels(reference, panels)
+        finally:
+            if not self.struct.panels:
+                self._memory.free(panels)
+        self._memory.leave_file(self.struct.values, self.struct.rows * self.struct.row_bytes)
 
 
 class NativeBackend:
@@ -78,6 +122,7 @@ class NativeBackend:
         library = native()
         struct = _struct(spec, DTYPE_CODES[weight.scale_dtype])
         memory = _Memory()
+        prepacked = NativeWeight(struct, spec, memory)  # from here on it gives the memory back
         struct.side = memory.allocate(int(library.g4_side_bytes(ctypes.byref(struct))))
         scale, zero_words = weight.side_tensors()
         scale = scale.contiguous()
@@ -86,9 +131,7 @@ class NativeBackend:
             zero_point = unpack_zero_points(zero_words, spec.scheme.bits, spec.out_features)  # int8 [N, G]
         zero_address = None if zero_point is None else zero_point.data_ptr()
         library.g4_lay_out_side(ctypes.byref(struct), scale.data_ptr(), zero_address, struct.side)
-        is_mapped = _take_values(weight, spec, struct, memory)
-        prepacked = NativeWeight(struct, _kept_bytes(spec, struct), spec, is_mapped)
-        weakref.finalize(prepacked, memory.release)
+        _take_values(weight, spec, struct, memory)
         return prepacked
 
     def linear(self, x: Tensor, weight: Prepacked, bias: Tensor | None = None) -> Tensor:
@@ -132,10 +175,21 @@ class _Memory:
     def allocate(self, nbytes: int) -> int:
         address: int | None = native().g4_allocate(nbytes)
         if not address:
-            self.release()
             raise MemoryError(f"{nbytes} bytes for a packed weight")
         self.pieces.append((address, nbytes))
         return address
+
+    def free(self, address: int) -> None:
+        """Gives one piece back."""
+        piece = next(piece for piece in self.pieces if piece[0] == address)
+        self.pieces.remove(piece)
+        native().g4_free(*piece)
+
+    def leave_file(self, address: int, nbytes: int) -> None:
+        """Drops the pages of the file from `address` on, which nothing reads any more."""
+        if self.mapping is not None:
+            self.mapping.drop(address, nbytes)
+            self.mapping = None
 
     def release(self) -> None:
         """Gives it back when no thread can read it any more: `g4_free` waits for those that are late."""
@@ -145,8 +199,8 @@ class _Memory:
         self.mapping = None
 
 
-def _take_values(weight: WeightSource, spec: LinearSpec, struct: G4Weight, memory: _Memory) -> bool:
-    """Points `struct` at the weight's values; True where they stay in their file."""
+def _take_values(weight: WeightSource, spec: LinearSpec, struct: G4Weight, memory: _Memory) -> None:
+    """Points `struct` at the weight's values: in their file where that is mapped, else laid out."""
     width, whole = 4 * packed_width(spec.in_features, spec.scheme.bits), _row_bytes(spec)
     place = weight.location() if width == whole else None
     stored = G4Stored(row_bytes=whole)
@@ -158,15 +212,14 @@ def _take_values(weight: WeightSource, spec: LinearSpec, struct: G4Weight, memor
     elif place.mapping is not None:
         struct.values, struct.row_bytes = place.mapping.address + place.offset, whole
         memory.mapping = place.mapping
-        return True
+        return
     else:
         stored.descriptor, stored.offset = place.descriptor, place.offset
     struct.values = memory.allocate(int(native().g4_laid_out_bytes(ctypes.byref(struct))))
-    if native().g4_lay_out(ctypes.byref(struct), ctypes.byref(stored), struct.values) != 0:
+    panels = -(-spec.out_features // PANEL_ROWS)
+    if native().g4_lay_out(ctypes.byref(struct), ctypes.byref(stored), 0, panels, struct.values) != 0:
         assert place is not None
-        memory.release()
         raise CheckpointError(f"{place.name} cannot be read to its end", hint="download the file again")
-    return False
 
 
 def _row_bytes(spec: LinearSpec) -> int:
@@ -177,7 +230,8 @@ def _row_bytes(spec: LinearSpec) -> int:
 def _kept_bytes(spec: LinearSpec, struct: G4Weight) -> int:
     """Scales, and values as they lie: in their file, or in panels (which `struct` before it has any values means)."""
     library, reference = native(), ctypes.byref(struct)
-    values = spec.out_features * struct.row_bytes if struct.row_bytes else int(library.g4_laid_out_bytes(reference))
+    in_file = struct.row_bytes and not struct.panels
+    values = spec.out_features * struct.row_bytes if in_file else int(library.g4_laid_out_bytes(reference))
     return values + int(library.g4_side_bytes(reference))
 
 

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <new>
 
@@ -58,6 +59,20 @@ struct LinearContext {
     bool streams; // each panel is met once by all tokens, as it is
 };
 static_assert(sizeof(LinearContext) <= MAX_CONTEXT, "pool.h: MAX_CONTEXT");
+
+// A weight as it is at this moment: another thread may have laid it out by now.
+G4Weight weight_now(const G4Weight& w) {
+    const uint8_t* panels = __atomic_load_n(&w.panels, __ATOMIC_ACQUIRE);
+    const uint8_t* values = panels == nullptr ? w.values : panels;
+    return {w.side,  values,        panels == nullptr ? w.row_bytes : 0, w.rows, w.columns, w.bits,
+            w.group, w.scale_dtype, w.asymmetric,                        w.activations,     nullptr};
+}
+
+std::atomic<int64_t> last_product{0}; // when one began, in nanoseconds of the steady clock
+
+int64_t nanoseconds_now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // The activations of the job that runs now, kept between jobs: a thread that wakes up late may still read them.
 struct Scratch {
@@ -273,9 +288,12 @@ struct LayOutContext {
     G4Weight weight;
     G4Stored stored;
     const Kernels* kernels;
-    uint8_t* out;
+    uint8_t* out; // of panel `first`
+    int64_t first, end, piece_panels;
     std::atomic<int32_t>* failed;
 };
+// Of memory that is touched for the first time: two threads in one huge page would both clear it.
+constexpr int64_t LAY_OUT_PIECE_BYTES = 2 << 20;
 
 // `count` rows of a file from `first` on; false where it ends early.
 bool read_rows(const G4Stored& s, int64_t first, int64_t count, uint8_t* out) {
@@ -288,8 +306,7 @@ bool read_rows(const G4Stored& s, int64_t first, int64_t count, uint8_t* out) {
     return true;
 }
 
-void lay_out_piece(const void* context, int64_t panel, Ticket& ticket) {
-    const LayOutContext& c = *static_cast<const LayOutContext*>(context);
+void lay_out_panel(const LayOutContext& c, int64_t panel, Ticket& ticket) {
     const G4Weight& w = c.weight;
     const int64_t first = panel * PANEL_ROWS, count = w.rows - first < PANEL_ROWS ? w.rows - first : PANEL_ROWS;
     const int64_t all = PANEL_ROWS * c.stored.row_bytes;
@@ -302,7 +319,13 @@ void lay_out_piece(const void* context, int64_t panel, Ticket& ticket) {
         return;
     }
     rows = sixteen_rows(w, rows, c.stored.row_bytes, count, buffer + all);
-    c.kernels->lay_out(w, rows, c.stored.row_bytes, c.out + panel * words_bytes(w));
+    c.kernels->lay_out(w, rows, c.stored.row_bytes, c.out + (panel - c.first) * words_bytes(w));
+}
+
+void lay_out_piece(const void* context, int64_t index, Ticket& ticket) {
+    const LayOutContext& c = *static_cast<const LayOutContext*>(context);
+    const int64_t first = c.first + index * c.piece_panels, end = first + c.piece_panels;
+    for (int64_t panel = first; panel < end && panel < c.end; panel++) lay_out_panel(c, panel, ticket);
 }
 
 struct SideContext {
@@ -346,14 +369,28 @@ void side_piece(const void* context, int64_t index, Ticket&) {
 
 G4_API int64_t g4_laid_out_bytes(const G4Weight* weight) { return panel_count(*weight) * words_bytes(*weight); }
 
-// Lays the values of rows that reach to a multiple of 32 columns out at `out` (g4_laid_out_bytes of them), read from
-// their file into a core's own cache and from there to their place. Returns 0, or 1 where the file ends early.
-G4_API int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, uint8_t* out) {
+// Lays `count` panels from `first` on, of rows that reach to a multiple of 32 columns, out at `out`: read from their file
+// into a core's own cache and from there to their place. Returns 0, or 1 where the file ends early.
+G4_API int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, int64_t first, int64_t count, uint8_t* out) {
     std::atomic<int32_t> failed{0};
-    const LayOutContext context{*weight, *stored, &active_kernels(), out, &failed};
-    pool_run({lay_out_piece, panel_count(*weight), false}, &context, sizeof context);
+    int64_t piece_panels = LAY_OUT_PIECE_BYTES / words_bytes(*weight);
+    const int64_t shared_out = (count + pool_threads() - 1) / pool_threads();
+    if (piece_panels > shared_out) piece_panels = shared_out;
+    if (piece_panels < 1) piece_panels = 1;
+    const LayOutContext context{*weight, *stored, &active_kernels(), out, first, first + count, piece_panels, &failed};
+    pool_run({lay_out_piece, (count + piece_panels - 1) / piece_panels, false}, &context, sizeof context);
     return failed.load();
 }
+
+// From now on products read the weight at `panels`. When it returns, no thread reads `values` any more.
+G4_API void g4_take_panels(G4Weight* weight, const uint8_t* panels) {
+    __atomic_store_n(&weight->panels, panels, __ATOMIC_RELEASE);
+    { std::lock_guard<std::mutex> lock(scratch().mutex); } // a product that runs now may have begun before
+    pool_quiesce();
+}
+
+// Seconds since the last product began: whether anybody computes.
+G4_API double g4_idle_seconds() { return double(nanoseconds_now() - last_product.load()) * 1e-9; }
 
 G4_API int64_t g4_side_bytes(const G4Weight* weight) { return panel_count(*weight) * side_bytes(*weight); }
 
@@ -369,6 +406,9 @@ G4_API void g4_lay_out_side(const G4Weight* weight, const uint8_t* scale, const 
 G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t tokens, const G4Output* outputs,
                          int32_t count) {
     if (count < 1 || count > MAX_OUTPUTS) return 1;
+    last_product.store(nanoseconds_now(), std::memory_order_relaxed);
+    Scratch& memory = scratch();
+    std::lock_guard<std::mutex> lock(memory.mutex);
     const G4Weight& first = *outputs[0].weight;
     LinearContext c{};
     c.kernels = &active_kernels();
@@ -376,7 +416,7 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
     c.count = count;
     c.dtype = dtype;
     for (int i = 0; i < count; i++) {
-        const G4Weight& w = *outputs[i].weight;
+        const G4Weight w = weight_now(*outputs[i].weight);
         if (w.columns != first.columns || activation_group(w) != activation_group(first) ||
             w.activations != first.activations || w.bits != first.bits || w.asymmetric != first.asymmetric)
             return 1;
@@ -385,8 +425,6 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
     }
     const int64_t padded = padded_columns(first.columns), group = activation_group(first);
     PrepareContext prepare{c.kernels, {x, x_stride, dtype}, {}, nullptr, tokens, first.columns, 0};
-    Scratch& memory = scratch();
-    std::lock_guard<std::mutex> lock(memory.mutex);
     if (first.activations == 0) {
         float* rows = static_cast<float*>(memory.need(size_t(tokens * padded * 4)));
         if (rows == nullptr) return 1;

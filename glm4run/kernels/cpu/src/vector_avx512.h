@@ -64,7 +64,11 @@ struct Isa {
     static inline void prefetch_further(const void* p) { __builtin_prefetch(p, 0, 2); }
 
     // Keeps a value in its register: left alone the compiler loads it anew for each use.
-    static inline void once(Int& value) { asm("" : "+v"(value)); }
+    static inline void once([[maybe_unused]] Int& value) {
+#if !defined(G4_EMULATE)
+        asm("" : "+v"(value));
+#endif
+    }
 
     // sum += u * the same four bytes in every lane. As text: from intrinsics GCC 12 makes copies and spills of the sums.
     static inline void add_dot(Int& sum, Int u, const int8_t* x) {
