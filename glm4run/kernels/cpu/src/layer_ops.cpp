@@ -97,7 +97,7 @@ struct AttentionContext {
     const char* query;
     G4Cache cache;
     char* out;
-    float* partial; // per token, KV head, group of lanes and stretch: out [D][16], maxima [16], sums [16]
+    float* partial; // per token, KV head, group of lanes and stretch: what Kernels::attend gives
     int64_t tokens, heads, kv_heads, head_dim, positions;
     int64_t query_token, query_head; // strides in elements
     int64_t lane_groups, stretches;  // the most that a token has
@@ -151,7 +151,15 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const int64_t last = first + cut.stretch < seen ? first + cut.stretch : seen;
     if (first >= last) return; // another token has more stretches
     float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim, 1) * 4)));
-    c.kernels->attend(rows_of(c, part), part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
+    AttentionRows rows = rows_of(c, part);
+    const int64_t next = index + pool_threads(); // the threads take pieces in turns
+    if (next / c.stretches < c.tokens * c.kv_heads * c.lane_groups) {
+        const AttentionPart other = part_of(c, next / c.stretches);
+        const CacheRows keys = head_of(c.cache, c.cache.keys, c.head_dim, other.kv_head);
+        rows.next_keys = keys.data + next % c.stretches * cut.stretch * keys.row_bytes();
+        rows.next_rows = ATTENTION_BLOCK;
+    }
+    c.kernels->attend(rows, part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
 
 // Many new tokens: a piece is some of them over all positions, the longest first.
@@ -172,7 +180,7 @@ void attend_many_piece(const void* context, int64_t index, Ticket& ticket) {
         const float* mine = sums + t * c.partial_floats();
         const float* totals = mine + (D + 1) * ATTENTION_LANES;
         for (int64_t lane = 0; lane < rows.heads; lane++) {
-            for (int64_t d = 0; d < D; d++) scratch[d] = mine[d * ATTENTION_LANES + lane] / totals[lane];
+            for (int64_t d = 0; d < D; d++) scratch[d] = mine[lane * D + d] / totals[lane];
             if (rows.values.turned()) c.kernels->turn(scratch, D);
             char* out = c.out + ((token + t) * c.heads + first_head + lane) * D * dtype_bytes(c.dtype);
             c.kernels->from_float(scratch, c.dtype, D, out);
@@ -184,29 +192,9 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index);
     const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
-    const float* parts = c.partial + index * c.stretches * c.partial_floats();
-    const int64_t stretches = Cut(c.seen(part.token)).count;
-    float* sums = static_cast<float*>(ticket.scratch(size_t((ATTENTION_LANES + 1) * D * 4)));
-    float* row = sums + ATTENTION_LANES * D;
-    float highest[ATTENTION_LANES], weights[ATTENTION_LANES], totals[ATTENTION_LANES] = {};
-    for (float& one : highest) one = -3.0e38f;
-    for (int64_t s = 0; s < stretches; s++)
-        for (int64_t lane = 0; lane < ATTENTION_LANES; lane++)
-            highest[lane] = fmaxf(highest[lane], parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
-    memset(sums, 0, size_t(ATTENTION_LANES * D * 4));
-    for (int64_t s = 0; s < stretches; s++) {
-        const float* one = parts + s * c.partial_floats();
-        const float* maxima = one + D * ATTENTION_LANES;
-        for (int64_t lane = 0; lane < ATTENTION_LANES; lane++) {
-            weights[lane] = expf(maxima[lane] - highest[lane]);
-            totals[lane] += weights[lane] * maxima[ATTENTION_LANES + lane];
-        }
-        for (int64_t d = 0; d < D; d++)
-            for (int64_t lane = 0; lane < ATTENTION_LANES; lane++)
-                sums[d * ATTENTION_LANES + lane] += weights[lane] * one[d * ATTENTION_LANES + lane];
-    }
-    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
-        for (int64_t d = 0; d < D; d++) row[d] = sums[d * ATTENTION_LANES + lane] / totals[lane];
+    float* row = static_cast<float*>(ticket.scratch(size_t(ATTENTION_LANES * D * 4)));
+    c.kernels->combine(c.partial + index * c.stretches * c.partial_floats(), Cut(c.seen(part.token)).count, D, row);
+    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++, row += D) {
         if (c.cache.values.bits != 16) c.kernels->turn(row, D);
         const int64_t head = part.kv_head * c.repeat() + first_head + lane;
         c.kernels->from_float(row, c.dtype, D, c.out + (part.token * c.heads + head) * D * element);

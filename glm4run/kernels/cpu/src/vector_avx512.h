@@ -212,16 +212,41 @@ struct Isa {
         }
     }
 #if defined(G4_AVX512_BF16)
-    // The same for bf16: an instruction makes as many products as for 16-bit integers, twice as many as for floats.
-    template <int T>
-    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+    // sums[t] += w * x over `pairs` of bf16: w [pairs][16][2], the same two of x in every lane. An instruction makes as many
+    // products as for 16-bit integers, twice as many as for floats.
+    template <int T, typename Ahead>
+    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t pairs, Ahead& ahead,
                                 Float (&sums)[T]) {
-        for (int64_t i = 0; i < pairs; i++, w += 32, x += pair_stride) {
+        for (int64_t i = 0; i < pairs; i++, w += 32, x += 2) {
             Int row = _mm512_loadu_si512(w);
             once(row);
-#pragma GCC unroll 8
+            ahead.line();
+#pragma GCC unroll 16
             for (int t = 0; t < T; t++) add_bf16_dot(sums[t], row, x + t * stride);
         }
+    }
+    // sums[l] += w[.][l] * x over `count` rows of 16 bf16: w pairs of rows [(count + 1) / 2][16][2].
+    template <typename Ahead>
+    static inline void weigh_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t count, Ahead& ahead,
+                                  Float (&sums)[16]) {
+        for (int64_t s = 0; s < count; s += 2, w += 32, x += 2 * stride) {
+            Int row = side_by_side(x, s + 1 < count ? x + stride : nullptr);
+            once(row);
+            ahead.line();
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; l++) add_bf16_dot(sums[l], row, w + 2 * l);
+        }
+    }
+    // 2^x for x of at most 128; relative error below 3e-6. Below -126 as at -126. NaN stays: its low bits are zeros.
+    static inline Float exp2_of(Float x) {
+        x = _mm512_max_ps(set1(-126.0f), x);
+        const Float magic = set1(12582912.0f), shifted = add(x, magic), r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
+        Float p = fma(set1(9.5701e-3f), r, set1(5.591786e-2f));
+        p = fma(p, r, set1(2.4024745e-1f));
+        p = fma(p, r, set1(6.9312181e-1f));
+        p = fma(p, r, set1(9.9999926e-1f));
+        const Int power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+        return as_float(_mm512_add_epi32(_mm512_castps_si512(p), power));
     }
     // Two rows of 16 floats, rounded, as 16 pairs; adds what they have become to `total`.
     static inline void bf16_pairs(Float a, Float b, uint16_t* out, Float& total) {
@@ -239,8 +264,8 @@ struct Isa {
         const Int pairs = _mm512_loadu_si512(rounded);
 #endif
         _mm512_storeu_si512(out, pairs);
-        const Int high = _mm512_set1_epi32(int32_t(0xFFFF0000));
-        total = add(total, add(as_float(_mm512_slli_epi32(pairs, 16)), as_float(_mm512_and_si512(pairs, high))));
+        static const uint16_t ones[2] = {0x3F80, 0x3F80};
+        add_bf16_dot(total, pairs, ones);
     }
     // sum += a * the same pair in every lane. As text for the reason above.
     static inline void add_bf16_dot(Float& sum, Int a, const uint16_t* x) {
@@ -254,23 +279,12 @@ struct Isa {
         sum = fma(as_float(_mm512_slli_epi32(a, 16)), as_float(_mm512_slli_epi32(pair, 16)), sum);
 #endif
     }
-    // Two rows of 16-bit numbers side by side: out [count][2]. A row that is null counts as zeros.
-    static inline void side_by_side(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* out) {
-        int64_t i = 0;
-#if defined(__AVX512BF16__)
-        const Int low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const Int high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        for (; i + 32 <= count; i += 32) {
-            const Int first = _mm512_loadu_si512(a + i), second = b != nullptr ? _mm512_loadu_si512(b + i) : int_set1(0);
-            _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi16(first, low, second));
-            _mm512_storeu_si512(out + 2 * i + 32, _mm512_permutex2var_epi16(first, high, second));
-        }
-#endif
-        for (; i < count; i++) {
-            out[2 * i] = a[i];
-            out[2 * i + 1] = b != nullptr ? b[i] : 0;
-        }
+    // Two rows of 16 numbers of 16 bits, side by side. A row that is null counts as zeros.
+    static inline Int side_by_side(const uint16_t* a, const uint16_t* b) {
+        const __m256i first = _mm256_loadu_si256((const __m256i*)a);
+        const __m256i second = b != nullptr ? _mm256_loadu_si256((const __m256i*)b) : _mm256_setzero_si256();
+        const Int low = _mm512_cvtepu16_epi32(first), high = _mm512_cvtepu16_epi32(second);
+        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
 #endif
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {
