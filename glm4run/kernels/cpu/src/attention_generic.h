@@ -174,17 +174,18 @@ struct Running {
         Isa::store(shift, Isa::set1(LOWEST));
         Isa::store(sums, Isa::zero());
     }
-    void raise(Float highest) {
-        float wanted[LANES], factor[LANES];
+    [[gnu::noinline]] void raise(Float highest) {
+        float wanted[LANES], factor[LANES], before[LANES];
         Isa::store(wanted, highest);
-        bool any = false;
+        memcpy(before, shift, sizeof before);
+        uint32_t raised[LANES], any = 0;
+        for (int64_t l = 0; l < LANES; l++) raised[l] = wanted[l] > before[l] + SLACK ? 1 : 0;
+        for (int64_t l = 0; l < LANES; l++) any |= raised[l];
+        if (any == 0) return;
         for (int64_t l = 0; l < LANES; l++) {
-            const bool raised = wanted[l] > shift[l] + SLACK;
-            factor[l] = raised ? exp2_of(shift[l] - wanted[l]) : 1.0f;
-            shift[l] = raised ? wanted[l] : shift[l];
-            any = any || raised;
+            factor[l] = raised[l] != 0 ? exp2_of(before[l] - wanted[l]) : 1.0f;
+            shift[l] = raised[l] != 0 ? wanted[l] : before[l];
         }
-        if (!any) return;
         const Float rescale = Isa::load(factor);
         Isa::store(sums, Isa::mul(Isa::load(sums), rescale));
         if (!apart) {
@@ -211,11 +212,12 @@ inline Float highest_of(const float* scores, int64_t count) {
 }
 
 // Scores to weights 2^(factor * score - shift), in place.
-inline void weights_of(float* scores, int64_t count, float factor, Float shifts) {
-    float shift[LANES]; // a copy, which no score can be
+inline void weights_of(float* scores, int64_t count, Float factors, Float shifts) {
+    float shift[LANES], factor[LANES]; // copies, which no score can be
     Isa::store(shift, shifts);
+    Isa::store(factor, factors);
     for (int64_t i = 0; i < count; i++, scores += LANES)
-        for (int64_t l = 0; l < LANES; l++) scores[l] = exp2_of(scores[l] * factor - shift[l]);
+        for (int64_t l = 0; l < LANES; l++) scores[l] = exp2_of(scores[l] * factor[l] - shift[l]);
 }
 
 // A block's weights are added up before they meet the sum of all blocks, which may be a million times as large as one.
@@ -400,11 +402,11 @@ inline void round_pairs(Float a, Float b, Float inverse, int16_t* out) {
     memcpy(out, words, sizeof words);
 }
 
-// Per lane the largest magnitude's step at 15 bits, and its inverse: 0 where there is nothing.
+// Per lane the largest magnitude's step at 15 bits, and its inverse: 0 where there is nothing. NaN stays in the step.
 inline void steps_of(const float* largest, float* step, float* inverse) {
     for (int64_t l = 0; l < LANES; l++) {
         const bool something = largest[l] > 1e-30f;
-        step[l] = something ? largest[l] * (1.0f / 32767.0f) : 0.0f;
+        step[l] = something || largest[l] != largest[l] ? largest[l] * (1.0f / 32767.0f) : 0.0f;
         inverse[l] = something ? 32767.0f / largest[l] : 0.0f;
     }
 }
@@ -416,7 +418,7 @@ struct IntQueries {
     const float* sums;    // [groups][16], of a group's integers
 };
 
-constexpr int64_t INT_QUERY_FLOATS = (1 + MAX_GROUPS) * LANES; // beside the pairs
+constexpr int64_t INT_QUERY_FLOATS = (2 + MAX_GROUPS) * LANES; // beside the pairs; what belongs to weights is last
 
 // Turns queries float [D][16] into integers at the same place; `beside` takes their steps and sums.
 inline void round_queries(float* query, const CacheRows& keys, float* beside) {
@@ -485,14 +487,14 @@ template <int T>
     }
 }
 
-// out [D][16] += weights [count][16] times a block of values.
-inline void attend_int_values(const float* weights, const BlockScales& v, const int16_t* values, int64_t head_dim,
-                              int64_t count, Ahead& ahead, float* out) {
-    constexpr int T = Isa::FMA_TOKENS;
-    float scaled[(ATTENTION_BLOCK + 1) * LANES], largest[LANES], step[LANES], inverse[LANES];
+// A block's weights, times the scale of a group of their values, as integers in pairs [(count + 1) / 2][16][2].
+struct IntWeights {
     int16_t pairs[ATTENTION_BLOCK * LANES];
-    for (int64_t g = 0; g < v.groups; g++) {
-        Float most = Isa::zero(), minimum = Isa::zero();
+    float step[LANES], minimum[LANES]; // what an integer stands for, and what the values' minima add to every result
+
+    void round(const float* weights, const BlockScales& v, int64_t g, int64_t count) {
+        float scaled[(ATTENTION_BLOCK + 1) * LANES], largest[LANES], inverse[LANES];
+        Float most = Isa::zero(), minima = Isa::zero();
         bool ordered = true;
         for (int64_t s = 0; s < count; s++) {
             const float scale = v.at(s, g)[0];
@@ -500,24 +502,187 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
             const Float weight = Isa::load(weights + s * LANES), one = Isa::mul(weight, Isa::set1(scale));
             Isa::store(scaled + s * LANES, one);
             most = Isa::max(most, one);
-            if (v.four) minimum = Isa::fma(weight, Isa::set1(v.at(s, g)[1]), minimum);
+            if (v.four) minima = Isa::fma(weight, Isa::set1(v.at(s, g)[1]), minima);
         }
-        memset(scaled + count * LANES, 0, LANES * 4);
+        Isa::store(scaled + count * LANES, Isa::zero());
         Isa::store(largest, most);
+        Isa::store(minimum, minima);
         steps_of(largest, step, inverse);
         const Float factor = Isa::load(inverse);
         for (int64_t s = 0; s < count; s += 2)
             round_pairs(Isa::load(scaled + s * LANES), Isa::load(scaled + (s + 1) * LANES), factor, pairs + s * LANES);
-        const Float steps = ordered ? Isa::load(step) : Isa::set1(float_of(0x7FC00000));
+        for (int64_t l = 0; l < LANES; l++) step[l] = ordered ? step[l] : float_of(0x7FC00000);
+    }
+};
+
+// out [D][16] += weights [count][16] times a block of values.
+inline void attend_int_values(const float* weights, const BlockScales& v, const int16_t* values, int64_t head_dim,
+                              int64_t count, Ahead& ahead, float* out) {
+    constexpr int T = Isa::FMA_TOKENS;
+    IntWeights w;
+    for (int64_t g = 0; g < v.groups; g++) {
+        w.round(weights, v, g, count);
+        const Float step = Isa::load(w.step), minimum = Isa::load(w.minimum);
         const int64_t end = (g + 1) * v.group;
         int64_t d = g * v.group;
         for (; d + T <= end; d += T) {
             ahead.columns(T, count);
-            weigh_pairs<T>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
+            weigh_pairs<T>(w.pairs, values, head_dim, (count + 1) / 2, d, step, minimum, out);
         }
-        for (; d < end; d++) weigh_pairs<1>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
+        for (; d < end; d++) weigh_pairs<1>(w.pairs, values, head_dim, (count + 1) / 2, d, step, minimum, out);
     }
 }
+
+// The same where an instruction multiplies 16 lanes of pairs: rows are met where they lie, as those of bf16 are.
+template <typename I>
+struct IntTiles {
+    static constexpr int64_t MAX_KEY = 512;
+
+    // Whether keys are met as bytes, of which a lane adds four products, by the upper and the lower bytes of queries.
+    static bool takes_keys(const CacheRows& keys) {
+        return I::INT_TILES && keys.bits == 8 && keys.group == keys.head_dim && keys.head_dim % 64 == 0;
+    }
+    static bool takes_values(const CacheRows& values) {
+        return I::INT_TILES && in_pairs(values) && values.group % LANES == 0;
+    }
+
+    // Queries as 16-bit pairs [D / 2][16][2] to bytes [D / 4][upper, lower][16][4] at the same place, made unsigned.
+    static void split(int16_t* pairs, int64_t head_dim) {
+        for (int64_t i = 0; i < head_dim / 4; i++, pairs += 4 * LANES) {
+            uint32_t two[2 * LANES], upper[LANES], lower[LANES];
+            memcpy(two, pairs, sizeof two);
+            for (int64_t l = 0; l < LANES; l++) {
+                const uint32_t a = two[l] ^ 0x80008000, b = two[LANES + l] ^ 0x80008000;
+                upper[l] = (a >> 8 & 0xFF) | (a >> 16 & 0xFF00) | (b << 8 & 0xFF0000) | (b & 0xFF000000);
+                lower[l] = (a & 0xFF) | (a >> 8 & 0xFF00) | (b << 16 & 0xFF0000) | (b << 8 & 0xFF000000);
+            }
+            memcpy(pairs, upper, sizeof upper);
+            memcpy(pairs + 2 * LANES, lower, sizeof lower);
+        }
+    }
+
+    template <int N, int64_t D>
+    [[gnu::noinline]] static Float score(const uint8_t* query, const int8_t* rows, int64_t head_dim, const int32_t* excess,
+                                         const float* scale, Ahead& ahead, Float highest, float* scores) {
+        Int dots[N];
+        I::template dot_bytes<N>(query, rows, D != 0 ? D : head_dim, head_dim / 4, ahead, dots);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; t++) {
+            const Float x = Isa::mul(Isa::to_float(Isa::int_sub(dots[t], Isa::int_set1(excess[t]))), Isa::set1(scale[t]));
+            highest = Isa::max(highest, x);
+            Isa::store(scores + t * LANES, x);
+        }
+        return highest;
+    }
+
+    // Scores [count][16] before they are multiplied by the queries' steps; returns the highest of each lane.
+    template <int64_t D>
+    static Float scores(const uint8_t* query, const int8_t* rows, int64_t head_dim, const int32_t* excess,
+                        const BlockScales& k, int64_t count, Ahead& ahead, float* out) {
+        Float highest = Isa::set1(LOWEST);
+        int64_t s = 0;
+        for (; s + 8 <= count; s += 8)
+            highest = score<8, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+        for (; s < count; s++)
+            highest = score<1, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+        return highest;
+    }
+
+    // Scores [count][16] to weights 2^(factor * score - shift) in place. They stay floats where a row has more than a
+    // scale; else they are multiplied by it and rounded to pairs. Returns the highest weight; or what an integer stands for.
+    // A step is that of the highest weight beside the largest scale, so that it is known before either.
+    [[gnu::noinline]] static Float weights(float* scores, const BlockScales& v, int64_t count, Float factor, Float shift, Float highest,
+                         float* sums) {
+        const Float minus = Isa::mul(shift, Isa::set1(-1.0f)), top = I::exp2_of(Isa::add(highest, minus));
+        const auto weight = [&](int64_t s) { return I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, minus)); };
+        Float total = Isa::zero();
+        if (v.groups > 1 || v.four) {
+            for (int64_t s = 0; s < count; s++) {
+                const Float w = weight(s);
+                total = Isa::add(total, w);
+                Isa::store(scores + s * LANES, w);
+            }
+            Isa::store(sums, Isa::add(Isa::load(sums), total));
+            return top;
+        }
+        float largest[LANES], step[LANES], inverse[LANES];
+        Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, 0, count))));
+        steps_of(largest, step, inverse);
+        const Float factors = Isa::load(inverse);
+        int16_t* pairs = reinterpret_cast<int16_t*>(scores);
+        for (int64_t s = 0; s < count; s += 2) {
+            const Float a = weight(s), b = s + 1 < count ? weight(s + 1) : Isa::zero();
+            total = Isa::add(total, Isa::add(a, b));
+            I::int_pairs(Isa::mul(a, Isa::set1(v.at(s, 0)[0])), Isa::mul(b, Isa::set1(v.at(s + (s + 1 < count), 0)[0])),
+                         factors, pairs + s * LANES);
+        }
+        Isa::store(sums, Isa::add(Isa::load(sums), total));
+        return Isa::load(step);
+    }
+
+    // NaN where one is not finite: as integers those are the largest.
+    static float largest_scale(const BlockScales& v, int64_t g, int64_t count) {
+        const float* scale = v.at(0, g);
+        const int64_t step = v.groups * v.each;
+        uint32_t largest = 0;
+        for (int64_t s = 0; s < count; s++) {
+            const uint32_t bits = bits_of(scale[s * step]);
+            largest = bits > largest ? bits : largest;
+        }
+        return largest < 0x7F800000 ? float_of(largest) : float_of(0x7FC00000);
+    }
+
+    // Weights of one group, as floats, to pairs; gives step and minimum.
+    static void round(const float* weights, const BlockScales& v, int64_t g, int64_t count, Float top, IntWeights& w) {
+        float largest[LANES], inverse[LANES];
+        Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, g, count))));
+        steps_of(largest, w.step, inverse);
+        const Float factor = Isa::load(inverse);
+        Float minima = Isa::zero();
+        for (int64_t s = 0; s < count; s += 2) {
+            const bool two = s + 1 < count;
+            const float *first = v.at(s, g), *second = v.at(s + two, g);
+            const Float a = Isa::load(weights + s * LANES), b = two ? Isa::load(weights + (s + 1) * LANES) : Isa::zero();
+            if (v.four) minima = Isa::fma(b, Isa::set1(second[1]), Isa::fma(a, Isa::set1(first[1]), minima));
+            I::int_pairs(Isa::mul(a, Isa::set1(first[0])), Isa::mul(b, Isa::set1(second[0])), factor, w.pairs + s * LANES);
+        }
+        Isa::store(w.minimum, minima);
+    }
+
+    // out [16][D] += weights times a block of values. `top` is what `weights` gave.
+    static void weigh(const float* weights, Float top, const BlockScales& v, const CacheRows& values, int64_t first,
+                      int64_t count, Ahead& ahead, float* out) {
+        const int64_t D = values.head_dim;
+        const uint8_t* rows = values.data + first * values.row_bytes();
+        IntWeights w;
+        for (int64_t g = 0; g < v.groups; g++) {
+            if (v.groups > 1 || v.four) {
+                round(weights, v, g, count, top, w);
+            } else {
+                memcpy(w.pairs, weights, size_t((count + 1) / 2 * 4 * LANES));
+                Isa::store(w.step, top);
+                Isa::store(w.minimum, Isa::zero());
+            }
+            for (int64_t d = g * v.group; d < (g + 1) * v.group; d += LANES) {
+                if (values.bits == 8)
+                    weigh_tile<8>(w, rows + d, values.row_bytes(), count, ahead, D, out + d);
+                else
+                    weigh_tile<4>(w, rows + d / 2, values.row_bytes(), count, ahead, D, out + d);
+            }
+        }
+    }
+    template <int BITS>
+    [[gnu::noinline]] static void weigh_tile(const IntWeights& w, const uint8_t* rows, int64_t stride, int64_t count,
+                                             Ahead& ahead, int64_t head_dim, float* out) {
+        Int sums[LANES];
+        I::template weigh_ints<BITS>(w.pairs, rows, stride, count, ahead, sums);
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++) {
+            const Float before = Isa::add(Isa::load(out + l * head_dim), Isa::set1(w.minimum[l]));
+            Isa::store(out + l * head_dim, Isa::fma(Isa::to_float(sums[l]), Isa::set1(w.step[l]), before));
+        }
+    }
+};
 
 int64_t attend_scratch(int64_t head_dim, int64_t tokens) {
     return tokens * ((head_dim + ATTENTION_BLOCK) * LANES + INT_QUERY_FLOATS) + ATTENTION_BLOCK * head_dim;
@@ -538,7 +703,10 @@ void prepare_query(const AttentionRows& a, int64_t token, float* row, float* que
     if (a.keys.turned()) turn_lanes(query, D);
     const Float scale = Isa::set1(a.scale * LOG2_E);
     for (int64_t d = 0; d < D; d++) Isa::store(query + d * LANES, Isa::mul(Isa::load(query + d * LANES), scale));
-    if (in_pairs(a.keys)) round_queries(query, a.keys, beside);
+    if (!in_pairs(a.keys)) return;
+    round_queries(query, a.keys, beside);
+    if constexpr (I::INT_TILES)
+        if (IntTiles<I>::takes_keys(a.keys)) IntTiles<I>::split(reinterpret_cast<int16_t*>(query), D);
 }
 
 // Block by block of positions, which are prepared once for all tokens.
@@ -549,7 +717,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     const int64_t D = a.keys.head_dim, each = (D + 2) * LANES;
     const bool int_keys = in_pairs(a.keys), int_values = in_pairs(a.values);
     const bool bf16_keys = in_bf16<I>(a, a.keys), bf16_values = in_bf16<I>(a, a.values);
-    const float factor = bf16_keys ? a.scale * LOG2_E : 1.0f; // other queries have it in them
+    const bool byte_keys = IntTiles<I>::takes_keys(a.keys), int_tiles = IntTiles<I>::takes_values(a.values);
     float* rows = scratch;                                    // [ATTENTION_BLOCK][D]
     float* queries = rows + ATTENTION_BLOCK * D;              // [tokens][D][16]
     float* scores = queries + tokens * D * LANES;             // [tokens][ATTENTION_BLOCK][16]
@@ -557,7 +725,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     int16_t* words = reinterpret_cast<int16_t*>(rows);
     const auto running = [&](int64_t t) {
         float* mine = out + t * each;
-        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values};
+        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values || int_tiles};
     };
     for (int64_t t = 0; t < tokens; t++) {
         prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
@@ -569,22 +737,35 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
         Ahead values_ahead(a.values, a.values.data + s * a.values.row_bytes(), count);
         Ahead keys_ahead(a.keys, behind > 0 ? a.keys.data + (s + count) * a.keys.row_bytes() : a.next_keys,
                          behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows);
-        if (int_keys) widen_keys(a.keys, s, count, words);
+        int32_t excess[ATTENTION_BLOCK];
+        if (int_keys && !byte_keys) widen_keys(a.keys, s, count, words);
+        if constexpr (I::INT_TILES)
+            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, count, 32768, excess);
         if (!int_keys && !bf16_keys) read_rows(a.keys, s, count, rows);
-        const BlockScales key_scales(a.keys, s, int_keys ? count : 0);
+        const BlockScales key_scales(a.keys, s, int_keys ? count : 0), value_scales(a.values, s, int_values ? count : 0);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = seen_by(t);
             if (seen <= 0) continue;
             const float *query = queries + t * D * LANES, *mine = beside + t * INT_QUERY_FLOATS;
             float* target = scores + t * ATTENTION_BLOCK * LANES;
             Running sums = running(t);
-            Float highest = Isa::zero();
-            if (bf16_keys) {
+            Float highest = Isa::zero(), factor = Isa::set1(1.0f); // of queries that do not have it in them
+            if (byte_keys) {
+                if constexpr (I::INT_TILES) {
+                    const auto of = D == 128 ? IntTiles<I>::template scores<128> : IntTiles<I>::template scores<0>;
+                    highest = of(reinterpret_cast<const uint8_t*>(query),
+                                 reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, excess, key_scales, seen,
+                                 values_ahead, target);
+                    factor = Isa::load(mine);
+                    highest = Isa::mul(highest, factor);
+                }
+            } else if (bf16_keys) {
                 if constexpr (I::BF16_DOTS) {
                     const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys.data) + s * D;
                     const auto scores = D == 128 ? Bf16<I>::template scores<128> : Bf16<I>::template scores<0>;
                     highest = scores(reinterpret_cast<const uint16_t*>(query), keys, D, seen, values_ahead, target);
-                    highest = Isa::mul(highest, Isa::set1(factor));
+                    factor = Isa::set1(a.scale * LOG2_E);
+                    highest = Isa::mul(highest, factor);
                 }
             } else {
                 if (int_keys) {
@@ -603,15 +784,19 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             sums.raise(highest);
             if constexpr (I::BF16_DOTS)
                 if (bf16_values)
-                    Bf16<I>::weights(target, seen, Isa::set1(factor), Isa::load(sums.shift), sums.sums);
-            if (!bf16_values) {
+                    Bf16<I>::weights(target, seen, factor, Isa::load(sums.shift), sums.sums);
+            if constexpr (I::INT_TILES)
+                if (int_tiles)
+                    Isa::store(beside + (t + 1) * INT_QUERY_FLOATS - LANES,
+                               IntTiles<I>::weights(target, value_scales, seen, factor, Isa::load(sums.shift), highest,
+                                                    sums.sums));
+            if (!bf16_values && !int_tiles) {
                 weights_of(target, seen, factor, Isa::load(sums.shift));
                 add_weights(target, seen, sums.sums);
             }
         }
-        if (int_values) widen_values(a.values, s, count, words);
+        if (int_values && !int_tiles) widen_values(a.values, s, count, words);
         if (!int_values && !bf16_values) read_rows(a.values, s, count, rows);
-        const BlockScales value_scales(a.values, s, int_values ? count : 0);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = seen_by(t);
             if (seen <= 0) continue;
@@ -621,6 +806,11 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 if constexpr (I::BF16_DOTS)
                     Bf16<I>::weigh(reinterpret_cast<const uint16_t*>(mine),
                                    reinterpret_cast<const uint16_t*>(a.values.data) + s * D, D, seen, keys_ahead, sums);
+            } else if (int_tiles) {
+                if constexpr (I::INT_TILES) {
+                    const float* top = beside + (t + 1) * INT_QUERY_FLOATS - LANES;
+                    IntTiles<I>::weigh(mine, Isa::load(top), value_scales, a.values, s, seen, keys_ahead, sums);
+                }
             } else if (int_values) {
                 attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);
             } else {
