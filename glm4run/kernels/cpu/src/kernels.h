@@ -56,6 +56,8 @@ struct AttentionRows {
     float scale;
     const uint8_t* next_keys; // rows that this thread will probably read next; null: nothing is known
     int64_t next_rows;
+    const uint8_t* then; // what will be read after attention
+    int64_t then_bytes;
 };
 
 constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and their sums fit the first-level cache
