@@ -148,7 +148,8 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
 }
 
 // What may be fetched ahead: three quarters of the third-level cache, less the rows that pass it in the same time. 0 where
-// its size is not known.
+// its size is not known. glibc says what all caches of a package have together, of which a core may reach one.
+constexpr int64_t MOST_THIRD_LEVEL = int64_t(32) << 20;
 int64_t upcoming_bytes(const AttentionContext& c) {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     static const int64_t third_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -158,7 +159,7 @@ int64_t upcoming_bytes(const AttentionContext& c) {
     const int64_t passing = (head_of(c.cache, c.cache.keys, c.head_dim, 0).row_bytes() +
                              head_of(c.cache, c.cache.values, c.head_dim, 0).row_bytes()) / 2;
     const int64_t calls = c.head_dim / 32; // of Ahead::line for such a row, half a line each
-    return third_level < 0 ? 0 : third_level * 3 / 4 * 32 * calls / (32 * calls + passing);
+    return third_level < 0 ? 0 : smaller(third_level, MOST_THIRD_LEVEL) * 3 / 4 * 32 * calls / (32 * calls + passing);
 }
 
 // The share of a piece in what is read after attention. The last pieces have one, so that it is still there then.
