@@ -733,12 +733,17 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     float* beside = scores + tokens * ATTENTION_BLOCK * LANES;
     int16_t* words = reinterpret_cast<int16_t*>(rows);
     Then then{a.then, a.then + a.then_bytes};
+    const auto query_of = [&](int64_t t) { return a.prepared != nullptr ? a.prepared : queries + t * D * LANES; };
+    const auto beside_query_of = [&](int64_t t) {
+        return a.prepared != nullptr ? a.prepared + D * LANES : beside + t * INT_QUERY_FLOATS;
+    };
     const auto running = [&](int64_t t) {
         float* mine = out + t * each;
         return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values || int_tiles};
     };
     for (int64_t t = 0; t < tokens; t++) {
-        prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
+        if (a.prepared == nullptr)
+            prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
         running(t).clear();
     }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
@@ -756,7 +761,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = seen_by(t);
             if (seen <= 0) continue;
-            const float *query = queries + t * D * LANES, *mine = beside + t * INT_QUERY_FLOATS;
+            const float *query = query_of(t), *mine = beside_query_of(t);
             float* target = scores + t * ATTENTION_BLOCK * LANES;
             Running sums = running(t);
             Float highest = Isa::zero(), factor = Isa::set1(1.0f); // of queries that do not have it in them
@@ -836,6 +841,12 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
 void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
             float* out) {
     attend_with<Isa>(a, token, tokens, first, last, scratch, out);
+}
+
+int64_t prepared_floats(int64_t head_dim) { return head_dim * LANES + INT_QUERY_FLOATS; }
+
+void prepare(const AttentionRows& a, int64_t token, float* scratch, float* out) {
+    prepare_query<Isa>(a, token, scratch, out, out + a.keys.head_dim * LANES);
 }
 
 void combine(const float* parts, int64_t count, int64_t head_dim, float* out) {

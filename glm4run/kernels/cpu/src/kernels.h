@@ -58,6 +58,7 @@ struct AttentionRows {
     int64_t next_rows;
     const uint8_t* then; // what will be read after attention
     int64_t then_bytes;
+    const float* prepared; // the one token's query as `prepare` gave it; null: to be prepared
 };
 
 constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and their sums fit the first-level cache
@@ -113,6 +114,9 @@ struct Kernels {
                    float* out);
     // `count` such parts, one behind the other, to out [16][D].
     void (*combine)(const float* parts, int64_t count, int64_t head_dim, float* out);
+    // A token's queries as its keys take them, for all parts of its attention: prepared_floats.
+    void (*prepare)(const AttentionRows& a, int64_t token, float* scratch, float* out);
+    int64_t (*prepared_floats)(int64_t head_dim);
     int64_t (*attend_scratch)(int64_t head_dim, int64_t tokens); // floats
     // XOR of all bytes: the fastest way to read; `ahead` bytes of software prefetch, 0 for none.
     uint64_t (*read)(const uint8_t* memory, int64_t bytes, int64_t ahead);

@@ -101,6 +101,7 @@ struct AttentionContext {
     const char* query;
     G4Cache cache;
     char* out;
+    float* prepared; // queries, per token, KV head and group of lanes: what Kernels::prepare gives
     float* partial; // per token, KV head, group of lanes and stretch: what Kernels::attend gives
     int64_t tokens, heads, kv_heads, head_dim, positions;
     int64_t query_token, query_head; // strides in elements
@@ -111,6 +112,7 @@ struct AttentionContext {
 
     int64_t repeat() const { return heads / kv_heads; }
     int64_t seen(int64_t token) const { return positions - tokens + 1 + token; }
+    int64_t parts() const { return tokens * kv_heads * lane_groups; }
     int64_t partial_floats() const { return (head_dim + 2) * ATTENTION_LANES; }
 };
 
@@ -164,7 +166,7 @@ int64_t upcoming_bytes(const AttentionContext& c) {
 
 // The share of a piece in what is read after attention. The last pieces have one, so that it is still there then.
 void fetch_upcoming(const AttentionContext& c, int64_t index, int64_t positions, AttentionRows& rows) {
-    const int64_t pieces = c.tokens * c.kv_heads * c.lane_groups * c.stretches, each = positions * c.head_dim / 32 * 64;
+    const int64_t pieces = c.parts() * c.stretches, each = positions * c.head_dim / 32 * 64;
     const int64_t most = smaller(upcoming_bytes(c), c.upcoming.bytes[0] + c.upcoming.bytes[1]);
     const int64_t sharing = most / (each > 0 ? each : 1);
     if (sharing == 0) return;
@@ -178,6 +180,13 @@ void fetch_upcoming(const AttentionContext& c, int64_t index, int64_t positions,
     }
 }
 
+void prepare_piece(const void* context, int64_t index, Ticket& ticket) {
+    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
+    const AttentionPart part = part_of(c, index);
+    float* scratch = static_cast<float*>(ticket.scratch(size_t(c.head_dim * 4)));
+    c.kernels->prepare(rows_of(c, part), part.token, scratch, c.prepared + index * c.kernels->prepared_floats(c.head_dim));
+}
+
 void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index / c.stretches);
@@ -189,13 +198,14 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim, 1) * 4)));
     AttentionRows rows = rows_of(c, part);
     const int64_t next = index + pool_threads(); // the threads take pieces in turns
-    if (next / c.stretches < c.tokens * c.kv_heads * c.lane_groups) {
+    if (next / c.stretches < c.parts()) {
         const AttentionPart other = part_of(c, next / c.stretches);
         const CacheRows keys = head_of(c.cache, c.cache.keys, c.head_dim, other.kv_head);
         rows.next_keys = keys.data + next % c.stretches * cut.stretch * keys.row_bytes();
         rows.next_rows = ATTENTION_BLOCK;
     }
     fetch_upcoming(c, index, last - first, rows);
+    rows.prepared = c.prepared + index / c.stretches * c.kernels->prepared_floats(c.head_dim);
     c.kernels->attend(rows, part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
 
@@ -333,7 +343,7 @@ G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_hea
                                    int64_t positions) {
     if (tokens > FEW_TOKENS) return 0;
     const AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
-    return tokens * kv_heads * c.lane_groups * c.stretches * c.partial_floats();
+    return c.parts() * (c.stretches * c.partial_floats() + c.kernels->prepared_floats(head_dim));
 }
 
 // Causal attention of the last `tokens` of `positions` that the cache holds. query: in `dtype`, strides given in
@@ -351,7 +361,8 @@ void attention(const void* query, int64_t query_token, int64_t query_head, int32
     c.query = static_cast<const char*>(query);
     c.cache = *cache;
     c.out = static_cast<char*>(out);
-    c.partial = work;
+    c.prepared = work;
+    c.partial = work + c.parts() * c.kernels->prepared_floats(head_dim);
     c.query_token = query_token;
     c.query_head = query_head;
     c.dtype = dtype;
@@ -361,7 +372,7 @@ void attention(const void* query, int64_t query_token, int64_t query_head, int32
         pool_run({attend_many_piece, pieces_of(tokens, PREFILL_TOKENS) * kv_heads * c.lane_groups, true}, &c, sizeof c);
         return;
     }
-    const int64_t parts = tokens * kv_heads * c.lane_groups;
-    pool_run({attend_piece, parts * c.stretches, false}, &c, sizeof c);
-    pool_run({combine_piece, parts, false}, &c, sizeof c);
+    pool_run({prepare_piece, c.parts(), false}, &c, sizeof c);
+    pool_run({attend_piece, c.parts() * c.stretches, false}, &c, sizeof c);
+    pool_run({combine_piece, c.parts(), false}, &c, sizeof c);
 }
