@@ -1,8 +1,8 @@
 """Memory that is read from end to end at every token, in pages of 2 MiB where the system can.
 
-Streaming through pages of 4 KiB waits for the table that says where they lie. Huge pages from the start would cost 2 MiB for
-the first row written to each; so rows are moved into huge pages once they fill one. Linux 6.1 and later; elsewhere
-nothing happens.
+Streaming through pages of 4 KiB waits for the table that says where they lie. Huge pages from the start would cost
+2 MiB for the first row written to each; so rows are moved into huge pages once they fill one. Linux 6.1 and later;
+elsewhere nothing happens.
 """
 
 from __future__ import annotations
