@@ -119,7 +119,7 @@ def test_scores_that_rise_or_fall_all_the_way(isa: str, kept: str, direction: in
     """By far more than what weights may exceed the maximum they were taken for, and for each head at another pace."""
     positions, width = 600, 128
     query = rows_of(32, 1, width, 2).bfloat16()
-    slope = torch.arange(positions)[::direction, None] / positions
+    slope = direction * torch.arange(positions)[:, None] / positions
     towards = torch.stack([query[:16, 0].float().mean(0), query[16:, 0].float().mean(0)])  # [KVH, D]
     key = (rows_of(2, positions, width, 0) * 0.1 + 60 * slope * towards[:, None]).bfloat16()
     layer = layer_of(kept, key, rows_of(2, positions, width, 1).bfloat16())
