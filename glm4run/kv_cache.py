@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from glm4run.config import ModelConfig
+from glm4run.huge_pages import collapse
 from glm4run.kv_format import KVFormat
 from glm4run.kv_rows import KVLayer, KVRows, new_rows
+
+COLLAPSE_TOKENS = 4096  # so often are full pages looked for
 
 
 class KVCache:
@@ -39,6 +42,7 @@ class KVCache:
         self.capacity = capacity
         self.position = 0
         self.format = kv_format
+        self._collapsed = 0  # tokens
         heads, width = config.num_key_value_heads, config.head_dim
 
         def rows(bits: int, offset: Tensor | None = None) -> KVRows:
@@ -69,6 +73,7 @@ class KVCache:
         """Makes the `count` tokens that every layer has appended part of the past."""
         assert self.position + count <= self.capacity
         self.position += count
+        self._collapse()
 
     def truncate(self, position: int) -> None:
         """Forgets every token from `position` on; costs nothing."""
@@ -106,6 +111,20 @@ class KVCache:
             for layer in range(len(self.layers)):
                 self.restore(layer, 0, other.rows(layer, 0, count))
         self.position = count
+        self._collapse()
+
+    def _collapse(self) -> None:
+        """Moves rows into huge pages: those that fill one since the last time."""
+        tokens = self.position // COLLAPSE_TOKENS * COLLAPSE_TOKENS
+        if tokens <= self._collapsed:
+            return
+        self._collapsed = tokens
+        for layer in range(len(self.layers)):
+            for tensor in self.tensors(layer).values():
+                if tensor.device.type == "cpu":
+                    row, head = (tensor.stride(axis) * tensor.element_size() for axis in (1, 0))
+                    for start in range(tensor.data_ptr(), tensor.data_ptr() + tensor.shape[0] * head, head):
+                        collapse(start, tokens * row)
 
     @property
     def nbytes(self) -> int:

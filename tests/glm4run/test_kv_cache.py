@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,3 +396,22 @@ def test_a_fork_of_what_is_not_there_is_refused() -> None:
         with pytest.raises(ValueError, match="do not go into a cache"):
             target.copy_from(first, count)
         assert target.position == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has such pages")
+def test_huge_pages_change_no_row_and_take_no_more_memory() -> None:
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_key_value_heads=2, head_dim=128)
+    cache = KVCache(config, 40_000, dtype=torch.bfloat16, device=torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 2, 20_000, 128, generator=draw).bfloat16()
+    before = resident_bytes()
+    for first in range(0, 20_000, 5000):
+        cache.append(0, *rows[:, :, first : first + 5000])
+        cache.advance(5000)
+    assert torch.equal(cache.layers[0].keys.read(20_000), rows[0])
+    assert torch.equal(cache.layers[0].values.read(20_000), rows[1])
+    assert resident_bytes() - before <= rows.numel() * 2 + (4 << 20)  # 2 MiB more for each of four heads would pass it
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -114,6 +114,23 @@ def test_what_is_alike_for_all_keys_is_their_mean(isa: str, kept: str) -> None:
 
 @each_isa
 @pytest.mark.parametrize("kept", ["16", "8", "4"])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_scores_that_rise_or_fall_all_the_way(isa: str, kept: str, direction: int) -> None:
+    """By far more than what weights may exceed the maximum they were taken for, and for each head at another pace."""
+    positions, width = 600, 128
+    query = rows_of(32, 1, width, 2).bfloat16()
+    slope = direction * torch.arange(positions)[:, None] / positions
+    towards = torch.stack([query[:16, 0].float().mean(0), query[16:, 0].float().mean(0)])  # [KVH, D]
+    key = (rows_of(2, positions, width, 0) * 0.1 + 60 * slope * towards[:, None]).bfloat16()
+    layer = layer_of(kept, key, rows_of(2, positions, width, 1).bfloat16())
+    expected, size = exact(query, layer, positions)
+    with running(isa):
+        got = native.attention(query, layer, positions).double().unflatten(-1, (32, width))
+    assert bool(((got - expected).abs() <= 2 * BF16_STEP * (expected.abs() + size) + 2e-3).all())
+
+
+@each_isa
+@pytest.mark.parametrize("kept", ["16", "8", "4"])
 def test_neither_threads_nor_other_tokens_change_a_bit(isa: str, kept: str) -> None:
     positions, tokens = 700, 29
     key, value = rows_of(2, positions, 64, 0).bfloat16(), rows_of(2, positions, 64, 1).bfloat16()

@@ -114,17 +114,19 @@ void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out)
 // Rows of floats that are not bf16, or on a machine without its dot products, are widened and met by float arithmetic.
 
 template <int T>
-inline void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
+[[gnu::noinline]] void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
                           float* out) {
     Float sums[T];
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) sums[t] = Isa::zero();
     fma_tile<T>(weights, values + d, 1, head_dim, count, sums);
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++)
         Isa::store(out + (d + t) * LANES, Isa::add(Isa::load(out + (d + t) * LANES), sums[t]));
 }
 
 // Scores of `count` positions, rows [count][D], for one token.
-inline void attend_scores(const float* query, const float* rows, int64_t head_dim, int64_t count, float* scores) {
+[[gnu::noinline]] void attend_scores(const float* query, const float* rows, int64_t head_dim, int64_t count, float* scores) {
     constexpr int T = Isa::FMA_TOKENS;
     int64_t i = 0;
     for (; i + T <= count; i += T) {
@@ -140,23 +142,82 @@ inline void attend_scores(const float* query, const float* rows, int64_t head_di
     }
 }
 
-// Scores to weights under a maximum that may have grown, for which `out` and `sums` are scaled down. Adds nothing to
-// them. Source: arXiv 1805.02867.
-inline void attend_softmax(float* scores, int64_t head_dim, int64_t count, float* out, float* maxima, float* sums) {
-    float shift[LANES], old[LANES];
-    Float highest = Isa::load(maxima);
-    for (int64_t i = 0; i < count; i++) highest = Isa::max(highest, Isa::load(scores + i * LANES));
-    Isa::store(shift, highest);
-    if (memcmp(shift, maxima, sizeof shift) != 0) { // else every factor is exactly 1
-        for (int l = 0; l < LANES; l++) old[l] = exp_of(maxima[l] - shift[l]);
-        const Float rescale = Isa::load(old);
-        Isa::store(sums, Isa::mul(Isa::load(sums), rescale));
-        for (int64_t d = 0; d < head_dim; d++)
-            Isa::store(out + d * LANES, Isa::mul(Isa::load(out + d * LANES), rescale));
-        Isa::store(maxima, highest);
+// Weights are powers of two of what a score, times log2(e), lies above its lane's `shift`. It is raised to the highest score
+// so far, but only where that lies more than SLACK above it: until then weights are above 1, which floats do not mind, and
+// sums need not be scaled down. Source of the running maximum: arXiv 1805.02867.
+constexpr float LOG2_E = 1.44269504f, LOWEST = -3.0e38f, SLACK = 8.0f;
+
+// 2^x for x of at most 128; relative error below 2e-7. Below -126 as at -126. NaN stays.
+inline float exp2_of(float x) {
+    x = x < -126.0f ? -126.0f : x;
+    const float shifted = x + ROUND_MAGIC, r = x - (shifted - ROUND_MAGIC);
+    float p = 1.53458075e-4f;
+    p = p * r + 1.33999312e-3f;
+    p = p * r + 9.61848897e-3f;
+    p = p * r + 5.55032878e-2f;
+    p = p * r + 2.40226469e-1f;
+    p = p * r + 6.93147206e-1f;
+    p = p * r + 1.0f;
+    const float result = float_of(bits_of(p) + ((bits_of(shifted) - uint32_t(ROUND_MAGIC_BITS)) << 23));
+    return x == x ? result : x; // the lowest bits of a NaN would have made a power
+}
+
+// What a token has so far: shift [16] and sum of weights [16], and of each lane the sum of its values: lanes apart [16][D],
+// or together [D][16].
+struct Running {
+    float *values, *shift, *sums;
+    int64_t head_dim;
+    bool apart;
+
+    void clear() {
+        memset(values, 0, size_t(head_dim * LANES * 4));
+        Isa::store(shift, Isa::set1(LOWEST));
+        Isa::store(sums, Isa::zero());
     }
+    [[gnu::noinline]] void raise(Float highest) {
+        float wanted[LANES], factor[LANES], before[LANES];
+        Isa::store(wanted, highest);
+        memcpy(before, shift, sizeof before);
+        uint32_t raised[LANES], any = 0;
+        for (int64_t l = 0; l < LANES; l++) raised[l] = wanted[l] > before[l] + SLACK ? 1 : 0;
+        for (int64_t l = 0; l < LANES; l++) any |= raised[l];
+        if (any == 0) return;
+        for (int64_t l = 0; l < LANES; l++) {
+            factor[l] = raised[l] != 0 ? exp2_of(before[l] - wanted[l]) : 1.0f;
+            shift[l] = raised[l] != 0 ? wanted[l] : before[l];
+        }
+        const Float rescale = Isa::load(factor);
+        Isa::store(sums, Isa::mul(Isa::load(sums), rescale));
+        if (!apart) {
+            for (int64_t d = 0; d < head_dim; d++)
+                Isa::store(values + d * LANES, Isa::mul(Isa::load(values + d * LANES), rescale));
+            return;
+        }
+        for (int64_t l = 0; l < LANES; l++)
+            for (int64_t d = 0; d < head_dim && factor[l] != 1.0f; d++) values[l * head_dim + d] *= factor[l];
+    }
+    // Lanes apart in the end. `spare` [16 D].
+    void part(float* spare) {
+        if (apart) return;
+        memcpy(spare, values, size_t(head_dim * LANES * 4));
+        for (int64_t l = 0; l < LANES; l++)
+            for (int64_t d = 0; d < head_dim; d++) values[l * head_dim + d] = spare[d * LANES + l];
+    }
+};
+
+inline Float highest_of(const float* scores, int64_t count) {
+    Float highest = Isa::set1(LOWEST);
+    for (int64_t i = 0; i < count; i++) highest = Isa::max(highest, Isa::load(scores + i * LANES));
+    return highest;
+}
+
+// Scores to weights 2^(factor * score - shift), in place.
+inline void weights_of(float* scores, int64_t count, Float factors, Float shifts) {
+    float shift[LANES], factor[LANES]; // copies, which no score can be
+    Isa::store(shift, shifts);
+    Isa::store(factor, factors);
     for (int64_t i = 0; i < count; i++, scores += LANES)
-        for (int64_t l = 0; l < LANES; l++) scores[l] = exp_of(scores[l] - shift[l]);
+        for (int64_t l = 0; l < LANES; l++) scores[l] = exp2_of(scores[l] * factor[l] - shift[l]);
 }
 
 // A block's weights are added up before they meet the sum of all blocks, which may be a million times as large as one.
@@ -167,15 +228,28 @@ inline void add_weights(const float* weights, int64_t count, float* sums) {
 }
 
 // Rows that are read a little later come into the second-level cache meanwhile, a few at a time, so that arithmetic does
-// not wait for memory. (Into the first they would drive out what is being worked on. A line every few instructions,
-// instead of a tile's at once, was measured to be slower.)
+// not wait for memory. (Into the first they would drive out what is being worked on.)
+// Where they ask for `line` they also read what comes after attention, at half a line a time: arithmetic leaves the memory
+// time for it.
+struct Then {
+    const uint8_t *at, *end;
+};
+
 struct Ahead {
     const uint8_t *at, *goal, *end;
-    int64_t row_bytes, head_dim;
+    Then& then;
+    int64_t row_bytes, head_dim, step;
 
-    Ahead(const CacheRows& cache, int64_t first, int64_t last)
-        : at(cache.data + first * cache.row_bytes()), goal(at), end(cache.data + last * cache.row_bytes()),
-          row_bytes(cache.row_bytes()), head_dim(cache.head_dim) {}
+    // `lines`: how often `line` will be called, about.
+    Ahead(const CacheRows& cache, const uint8_t* first, int64_t rows, Then& next, int64_t lines = 1)
+        : at(first), goal(at), end(first + rows * cache.row_bytes()), then(next), row_bytes(cache.row_bytes()),
+          head_dim(cache.head_dim), step(smaller(64, rows * cache.row_bytes() / (lines < 1 ? 1 : lines))) {}
+    void line() {
+        __builtin_prefetch(at, 0, 2);
+        __builtin_prefetch(then.at, 0, 2);
+        at += at < end ? step : 0;
+        then.at += then.at < then.end ? 32 : 0;
+    }
     // So many rows; as much as so many columns of a block of `count`.
     void rows(int64_t number) { bytes(number * row_bytes); }
     void columns(int64_t number, int64_t count) { bytes(number * count * row_bytes / head_dim); }
@@ -187,11 +261,15 @@ struct Ahead {
     }
 };
 
-// Over rows of bf16, by an instruction that multiplies pairs of them and adds in float32. Keys are read where they lie,
-// two dimensions a pair; values two positions a pair. What is lost: weights are rounded to bf16, and so are their sums,
-// so that they still add up to 1.
+// Over rows of bf16, by an instruction that multiplies pairs of them and adds in float32. Keys and values are read where
+// they lie: of keys two dimensions are a pair, met by the queries of all lanes; of values two positions, met by one lane's
+// weights and 16 dimensions wide. What is lost: weights are rounded to bf16, and so are their sums, so that they still add up
+// to 1.
 template <typename I>
 struct Bf16 {
+    static constexpr int T = 16; // positions, or lanes, whose sums are in registers together. Functions of their own, or
+                                 // the compiler keeps some of them in memory
+
     // Queries [heads][D] to pairs [D / 2][16][2].
     static void pack(const AttentionRows& a, int64_t token, uint16_t* out) {
         const int64_t D = a.keys.head_dim;
@@ -202,77 +280,68 @@ struct Bf16 {
         }
     }
 
-    template <int T>
-    static inline void score(const uint16_t* query, const uint16_t* rows, int64_t head_dim, Float scale, float* scores) {
-        Float dots[T];
-        for (int t = 0; t < T; t++) dots[t] = Isa::zero();
-        I::template dot_bf16<T>(query, rows, head_dim, 2, head_dim / 2, dots);
-        for (int t = 0; t < T; t++) Isa::store(scores + t * LANES, Isa::mul(dots[t], scale));
-    }
-
-    template <int T>
-    static inline void scores_in(const uint16_t*& rows, const uint16_t* query, int64_t head_dim, int64_t& count, Float scale,
-                                 Ahead& ahead, float*& scores) {
-        for (; count >= T; count -= T, rows += T * head_dim, scores += T * LANES) {
-            ahead.rows(T);
-            score<T>(query, rows, head_dim, scale, scores);
+    // D: head_dim where it is known: addresses are then constants, of which there are more than registers.
+    template <int N, int64_t D>
+    [[gnu::noinline]] static Float score(const uint16_t* query, const uint16_t* rows, int64_t head_dim, Ahead& ahead,
+                                         Float highest, float* scores) {
+        Float dots[N];
+#pragma GCC unroll 16
+        for (int t = 0; t < N; t++) dots[t] = Isa::zero();
+        I::template dot_bf16<N>(query, rows, D != 0 ? D : head_dim, head_dim / 2, ahead, dots);
+#pragma GCC unroll 16
+        for (int t = 0; t < N; t++) {
+            highest = Isa::max(highest, dots[t]);
+            Isa::store(scores + t * LANES, dots[t]);
         }
-        if constexpr (T > 1) scores_in<T / 2>(rows, query, head_dim, count, scale, ahead, scores);
+        return highest;
     }
 
-    // Scores [count][16] of rows [count][D], for one token.
-    static void scores(const uint16_t* query, const uint16_t* rows, int64_t head_dim, int64_t count, float scale,
-                       Ahead& ahead, float* out) {
-        scores_in<8>(rows, query, head_dim, count, Isa::set1(scale), ahead, out);
+    // Scores [count][16] of rows [count][D], for one token, before they are scaled; returns the highest of each lane.
+    template <int64_t D>
+    static Float scores(const uint16_t* query, const uint16_t* rows, int64_t head_dim, int64_t count, Ahead& ahead,
+                        float* out) {
+        Float highest = Isa::set1(LOWEST);
+        int64_t s = 0;
+        for (; s + T <= count; s += T) highest = score<T, D>(query, rows + s * head_dim, head_dim, ahead, highest, out + s * LANES);
+        for (; s + 4 <= count; s += 4) highest = score<4, D>(query, rows + s * head_dim, head_dim, ahead, highest, out + s * LANES);
+        for (; s < count; s++) highest = score<1, D>(query, rows + s * head_dim, head_dim, ahead, highest, out + s * LANES);
+        return highest;
     }
 
-    // Weights [count][16] to pairs [count / 2][16][2] at the same place; adds what they have become to the sums.
-    static void round_weights(float* weights, int64_t count, float* sums) {
-        uint16_t* pairs = reinterpret_cast<uint16_t*>(weights);
+    // Scores [count][16] to weights 2^(factor * score - shift), as pairs [(count + 1) / 2][16][2] at the same place; adds
+    // what they have become to the sums.
+    static void weights(float* scores, int64_t count, Float factor, Float shift, float* sums) {
+        uint16_t* pairs = reinterpret_cast<uint16_t*>(scores);
+        const Float minus = Isa::mul(shift, Isa::set1(-1.0f));
+        const auto weight = [&](int64_t s) { return I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, minus)); };
         Float total = Isa::zero();
         int64_t s = 0;
-        for (; s + 2 <= count; s += 2) {
-            const Float a = Isa::load(weights + s * LANES), b = Isa::load(weights + (s + 1) * LANES);
-            I::bf16_pairs(a, b, pairs + s * LANES, total);
-        }
-        if (s < count) I::bf16_pairs(Isa::load(weights + s * LANES), Isa::zero(), pairs + s * LANES, total);
+        for (; s + 2 <= count; s += 2) I::bf16_pairs(weight(s), weight(s + 1), pairs + s * LANES, total);
+        if (s < count) I::bf16_pairs(weight(s), Isa::zero(), pairs + s * LANES, total);
         Isa::store(sums, Isa::add(Isa::load(sums), total));
     }
 
-    // Values [count][D] to pairs of positions [count / 2][D][2]; of an odd one's last nothing.
-    static void pair_values(const uint16_t* rows, int64_t head_dim, int64_t count, uint16_t* out) {
-        for (int64_t s = 0; s + 2 <= count; s += 2, rows += 2 * head_dim, out += 2 * head_dim)
-            I::side_by_side(rows, rows + head_dim, head_dim, out);
+    // out [16][D] += weights times rows [count][D].
+    static void weigh(const uint16_t* weights, const uint16_t* rows, int64_t head_dim, int64_t count, Ahead& ahead,
+                      float* out) {
+        for (int64_t d = 0; d < head_dim; d += LANES) weigh_tile(weights, rows + d, head_dim, count, ahead, out + d);
     }
-
-    template <int T>
-    static inline void weigh(const uint16_t* weights, const uint16_t* values, const uint16_t* single, int64_t head_dim,
-                             int64_t count, float* out) {
-        Float sums[T];
-        for (int t = 0; t < T; t++) sums[t] = Isa::zero();
-        I::template dot_bf16<T>(weights, values, 2, 2 * head_dim, count / 2, sums);
-        if (count % 2 != 0) I::template dot_bf16<T>(weights + (count - 1) * LANES, single, 2, 0, 1, sums);
-        for (int t = 0; t < T; t++) Isa::store(out + t * LANES, Isa::add(Isa::load(out + t * LANES), sums[t]));
-    }
-
-    // out [D][16] += weights times a block of values. An odd number's last row, which the pairs do not have or have
-    // beside one that must not be seen, is paired with zeros at `single` [D][2].
-    static void weigh_all(const uint16_t* weights, const uint16_t* pairs, const uint16_t* rows, int64_t head_dim,
-                          int64_t count, uint16_t* single, Ahead& ahead, float* out) {
-        if (count % 2 != 0) I::side_by_side(rows + (count - 1) * head_dim, nullptr, head_dim, single);
-        int64_t d = 0;
-        for (; d + 8 <= head_dim; d += 8) {
-            ahead.columns(8, count);
-            weigh<8>(weights, pairs + 2 * d, single + 2 * d, head_dim, count, out + d * LANES);
-        }
-        for (; d < head_dim; d++) weigh<1>(weights, pairs + 2 * d, single + 2 * d, head_dim, count, out + d * LANES);
+    [[gnu::noinline]] static void weigh_tile(const uint16_t* weights, const uint16_t* rows, int64_t head_dim, int64_t count,
+                                             Ahead& ahead, float* out) {
+        Float sums[LANES];
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++) sums[l] = Isa::zero();
+        I::weigh_bf16(weights, rows, head_dim, count, ahead, sums);
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++)
+            Isa::store(out + l * head_dim, Isa::add(Isa::load(out + l * head_dim), sums[l]));
     }
 };
 
 // Whether rows are met as pairs of bf16.
 template <typename I>
 inline bool in_bf16(const AttentionRows& a, const CacheRows& cache) {
-    return I::BF16_DOTS && a.dtype == G4_BF16 && cache.bits == 16 && cache.dtype == G4_BF16 && cache.head_dim % 2 == 0;
+    return I::BF16_DOTS && a.dtype == G4_BF16 && cache.bits == 16 && cache.dtype == G4_BF16 && cache.head_dim % LANES == 0;
 }
 
 // The same over quantized rows, in pairs of 16-bit integers: the rows' own, and 15 bits of queries and weights, so that
@@ -287,7 +356,7 @@ struct BlockScales {
     bool four;
 
     BlockScales(const CacheRows& cache, int64_t first, int64_t count)
-        : groups(cache.head_dim / cache.group), group(cache.group), each(cache.bits == 4 ? 2 : 1), four(cache.bits == 4) {
+        : groups(count > 0 ? cache.head_dim / cache.group : 0), group(cache.group), each(cache.bits == 4 ? 2 : 1), four(cache.bits == 4) {
         to_float(cache.scales + first * cache.scale_bytes(), G4_FP16, count * groups * each, numbers);
     }
     const float* at(int64_t row, int64_t g) const { return numbers + (row * groups + g) * each; }
@@ -342,11 +411,11 @@ inline void round_pairs(Float a, Float b, Float inverse, int16_t* out) {
     memcpy(out, words, sizeof words);
 }
 
-// Per lane the largest magnitude's step at 15 bits, and its inverse: 0 where there is nothing.
+// Per lane the largest magnitude's step at 15 bits, and its inverse: 0 where there is nothing. NaN stays in the step.
 inline void steps_of(const float* largest, float* step, float* inverse) {
     for (int64_t l = 0; l < LANES; l++) {
         const bool something = largest[l] > 1e-30f;
-        step[l] = something ? largest[l] * (1.0f / 32767.0f) : 0.0f;
+        step[l] = something || largest[l] != largest[l] ? largest[l] * (1.0f / 32767.0f) : 0.0f;
         inverse[l] = something ? 32767.0f / largest[l] : 0.0f;
     }
 }
@@ -358,7 +427,7 @@ struct IntQueries {
     const float* sums;    // [groups][16], of a group's integers
 };
 
-constexpr int64_t INT_QUERY_FLOATS = (1 + MAX_GROUPS) * LANES; // beside the pairs
+constexpr int64_t INT_QUERY_FLOATS = (2 + MAX_GROUPS) * LANES; // beside the pairs; what belongs to weights is last
 
 // Turns queries float [D][16] into integers at the same place; `beside` takes their steps and sums.
 inline void round_queries(float* query, const CacheRows& keys, float* beside) {
@@ -390,15 +459,18 @@ inline void round_queries(float* query, const CacheRows& keys, float* beside) {
 }
 
 template <int T>
-inline void score_pairs(const IntQueries& q, const BlockScales& k, const int16_t* rows, int64_t head_dim, int64_t row,
+[[gnu::noinline]] void score_pairs(const IntQueries& q, const BlockScales& k, const int16_t* rows, int64_t head_dim, int64_t row,
                         float* scores) {
     Float totals[T];
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) totals[t] = Isa::zero();
     for (int64_t g = 0; g < k.groups; g++) {
         Int sums[T];
+#pragma GCC unroll 8
         for (int t = 0; t < T; t++) sums[t] = Isa::int_set1(0);
         Isa::template dot_pairs<T>(q.pairs + g * k.group * LANES, rows + row * head_dim + g * k.group, head_dim, 2,
                                    k.group / 2, sums);
+#pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             const float* scale = k.at(row + t, g);
             totals[t] = Isa::fma(Isa::to_float(sums[t]), Isa::set1(scale[0]), totals[t]);
@@ -406,29 +478,32 @@ inline void score_pairs(const IntQueries& q, const BlockScales& k, const int16_t
         }
     }
     const Float step = Isa::load(q.step);
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) Isa::store(scores + (row + t) * LANES, Isa::mul(totals[t], step));
 }
 
 template <int T>
-inline void weigh_pairs(const int16_t* weights, const int16_t* values, int64_t head_dim, int64_t pairs, int64_t d,
+[[gnu::noinline]] void weigh_pairs(const int16_t* weights, const int16_t* values, int64_t head_dim, int64_t pairs, int64_t d,
                         Float step, Float minimum, float* out) {
     Int sums[T];
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) sums[t] = Isa::int_set1(0);
     Isa::template dot_pairs<T>(weights, values + 2 * d, 2, 2 * head_dim, pairs, sums);
+#pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         float* target = out + (d + t) * LANES;
         Isa::store(target, Isa::fma(Isa::to_float(sums[t]), step, Isa::add(Isa::load(target), minimum)));
     }
 }
 
-// out [D][16] += weights [count][16] times a block of values.
-inline void attend_int_values(const float* weights, const BlockScales& v, const int16_t* values, int64_t head_dim,
-                              int64_t count, Ahead& ahead, float* out) {
-    constexpr int T = Isa::FMA_TOKENS;
-    float scaled[(ATTENTION_BLOCK + 1) * LANES], largest[LANES], step[LANES], inverse[LANES];
+// A block's weights, times the scale of a group of their values, as integers in pairs [(count + 1) / 2][16][2].
+struct IntWeights {
     int16_t pairs[ATTENTION_BLOCK * LANES];
-    for (int64_t g = 0; g < v.groups; g++) {
-        Float most = Isa::zero(), minimum = Isa::zero();
+    float step[LANES], minimum[LANES]; // what an integer stands for, and what the values' minima add to every result
+
+    void round(const float* weights, const BlockScales& v, int64_t g, int64_t count) {
+        float scaled[(ATTENTION_BLOCK + 1) * LANES], largest[LANES], inverse[LANES];
+        Float most = Isa::zero(), minima = Isa::zero();
         bool ordered = true;
         for (int64_t s = 0; s < count; s++) {
             const float scale = v.at(s, g)[0];
@@ -436,24 +511,187 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
             const Float weight = Isa::load(weights + s * LANES), one = Isa::mul(weight, Isa::set1(scale));
             Isa::store(scaled + s * LANES, one);
             most = Isa::max(most, one);
-            if (v.four) minimum = Isa::fma(weight, Isa::set1(v.at(s, g)[1]), minimum);
+            if (v.four) minima = Isa::fma(weight, Isa::set1(v.at(s, g)[1]), minima);
         }
-        memset(scaled + count * LANES, 0, LANES * 4);
+        Isa::store(scaled + count * LANES, Isa::zero());
         Isa::store(largest, most);
+        Isa::store(minimum, minima);
         steps_of(largest, step, inverse);
         const Float factor = Isa::load(inverse);
         for (int64_t s = 0; s < count; s += 2)
             round_pairs(Isa::load(scaled + s * LANES), Isa::load(scaled + (s + 1) * LANES), factor, pairs + s * LANES);
-        const Float steps = ordered ? Isa::load(step) : Isa::set1(float_of(0x7FC00000));
+        for (int64_t l = 0; l < LANES; l++) step[l] = ordered ? step[l] : float_of(0x7FC00000);
+    }
+};
+
+// out [D][16] += weights [count][16] times a block of values.
+inline void attend_int_values(const float* weights, const BlockScales& v, const int16_t* values, int64_t head_dim,
+                              int64_t count, Ahead& ahead, float* out) {
+    constexpr int T = Isa::FMA_TOKENS;
+    IntWeights w;
+    for (int64_t g = 0; g < v.groups; g++) {
+        w.round(weights, v, g, count);
+        const Float step = Isa::load(w.step), minimum = Isa::load(w.minimum);
         const int64_t end = (g + 1) * v.group;
         int64_t d = g * v.group;
         for (; d + T <= end; d += T) {
             ahead.columns(T, count);
-            weigh_pairs<T>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
+            weigh_pairs<T>(w.pairs, values, head_dim, (count + 1) / 2, d, step, minimum, out);
         }
-        for (; d < end; d++) weigh_pairs<1>(pairs, values, head_dim, (count + 1) / 2, d, steps, minimum, out);
+        for (; d < end; d++) weigh_pairs<1>(w.pairs, values, head_dim, (count + 1) / 2, d, step, minimum, out);
     }
 }
+
+// The same where an instruction multiplies 16 lanes of pairs: rows are met where they lie, as those of bf16 are.
+template <typename I>
+struct IntTiles {
+    static constexpr int64_t MAX_KEY = 512;
+
+    // Whether keys are met as bytes, of which a lane adds four products, by the upper and the lower bytes of queries.
+    static bool takes_keys(const CacheRows& keys) {
+        return I::INT_TILES && keys.bits == 8 && keys.group == keys.head_dim && keys.head_dim % 64 == 0;
+    }
+    static bool takes_values(const CacheRows& values) {
+        return I::INT_TILES && in_pairs(values) && values.group % LANES == 0;
+    }
+
+    // Queries as 16-bit pairs [D / 2][16][2] to bytes [D / 4][upper, lower][16][4] at the same place, made unsigned.
+    static void split(int16_t* pairs, int64_t head_dim) {
+        for (int64_t i = 0; i < head_dim / 4; i++, pairs += 4 * LANES) {
+            uint32_t two[2 * LANES], upper[LANES], lower[LANES];
+            memcpy(two, pairs, sizeof two);
+            for (int64_t l = 0; l < LANES; l++) {
+                const uint32_t a = two[l] ^ 0x80008000, b = two[LANES + l] ^ 0x80008000;
+                upper[l] = (a >> 8 & 0xFF) | (a >> 16 & 0xFF00) | (b << 8 & 0xFF0000) | (b & 0xFF000000);
+                lower[l] = (a & 0xFF) | (a >> 8 & 0xFF00) | (b << 16 & 0xFF0000) | (b << 8 & 0xFF000000);
+            }
+            memcpy(pairs, upper, sizeof upper);
+            memcpy(pairs + 2 * LANES, lower, sizeof lower);
+        }
+    }
+
+    template <int N, int64_t D>
+    [[gnu::noinline]] static Float score(const uint8_t* query, const int8_t* rows, int64_t head_dim, const int32_t* excess,
+                                         const float* scale, Ahead& ahead, Float highest, float* scores) {
+        Int dots[N];
+        I::template dot_bytes<N>(query, rows, D != 0 ? D : head_dim, head_dim / 4, ahead, dots);
+#pragma GCC unroll 8
+        for (int t = 0; t < N; t++) {
+            const Float x = Isa::mul(Isa::to_float(Isa::int_sub(dots[t], Isa::int_set1(excess[t]))), Isa::set1(scale[t]));
+            highest = Isa::max(highest, x);
+            Isa::store(scores + t * LANES, x);
+        }
+        return highest;
+    }
+
+    // Scores [count][16] before they are multiplied by the queries' steps; returns the highest of each lane.
+    template <int64_t D>
+    static Float scores(const uint8_t* query, const int8_t* rows, int64_t head_dim, const int32_t* excess,
+                        const BlockScales& k, int64_t count, Ahead& ahead, float* out) {
+        Float highest = Isa::set1(LOWEST);
+        int64_t s = 0;
+        for (; s + 8 <= count; s += 8)
+            highest = score<8, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+        for (; s < count; s++)
+            highest = score<1, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+        return highest;
+    }
+
+    // Scores [count][16] to weights 2^(factor * score - shift) in place. They stay floats where a row has more than a
+    // scale; else they are multiplied by it and rounded to pairs. Returns the highest weight; or what an integer stands for.
+    // A step is that of the highest weight beside the largest scale, so that it is known before either.
+    [[gnu::noinline]] static Float weights(float* scores, const BlockScales& v, int64_t count, Float factor, Float shift, Float highest,
+                         float* sums) {
+        const Float minus = Isa::mul(shift, Isa::set1(-1.0f)), top = I::exp2_of(Isa::add(highest, minus));
+        const auto weight = [&](int64_t s) { return I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, minus)); };
+        Float total = Isa::zero();
+        if (v.groups > 1 || v.four) {
+            for (int64_t s = 0; s < count; s++) {
+                const Float w = weight(s);
+                total = Isa::add(total, w);
+                Isa::store(scores + s * LANES, w);
+            }
+            Isa::store(sums, Isa::add(Isa::load(sums), total));
+            return top;
+        }
+        float largest[LANES], step[LANES], inverse[LANES];
+        Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, 0, count))));
+        steps_of(largest, step, inverse);
+        const Float factors = Isa::load(inverse);
+        int16_t* pairs = reinterpret_cast<int16_t*>(scores);
+        for (int64_t s = 0; s < count; s += 2) {
+            const Float a = weight(s), b = s + 1 < count ? weight(s + 1) : Isa::zero();
+            total = Isa::add(total, Isa::add(a, b));
+            I::int_pairs(Isa::mul(a, Isa::set1(v.at(s, 0)[0])), Isa::mul(b, Isa::set1(v.at(s + (s + 1 < count), 0)[0])),
+                         factors, pairs + s * LANES);
+        }
+        Isa::store(sums, Isa::add(Isa::load(sums), total));
+        return Isa::load(step);
+    }
+
+    // NaN where one is not finite: as integers those are the largest.
+    static float largest_scale(const BlockScales& v, int64_t g, int64_t count) {
+        const float* scale = v.at(0, g);
+        const int64_t step = v.groups * v.each;
+        uint32_t largest = 0;
+        for (int64_t s = 0; s < count; s++) {
+            const uint32_t bits = bits_of(scale[s * step]);
+            largest = bits > largest ? bits : largest;
+        }
+        return largest < 0x7F800000 ? float_of(largest) : float_of(0x7FC00000);
+    }
+
+    // Weights of one group, as floats, to pairs; gives step and minimum.
+    static void round(const float* weights, const BlockScales& v, int64_t g, int64_t count, Float top, IntWeights& w) {
+        float largest[LANES], inverse[LANES];
+        Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, g, count))));
+        steps_of(largest, w.step, inverse);
+        const Float factor = Isa::load(inverse);
+        Float minima = Isa::zero();
+        for (int64_t s = 0; s < count; s += 2) {
+            const bool two = s + 1 < count;
+            const float *first = v.at(s, g), *second = v.at(s + two, g);
+            const Float a = Isa::load(weights + s * LANES), b = two ? Isa::load(weights + (s + 1) * LANES) : Isa::zero();
+            if (v.four) minima = Isa::fma(b, Isa::set1(second[1]), Isa::fma(a, Isa::set1(first[1]), minima));
+            I::int_pairs(Isa::mul(a, Isa::set1(first[0])), Isa::mul(b, Isa::set1(second[0])), factor, w.pairs + s * LANES);
+        }
+        Isa::store(w.minimum, minima);
+    }
+
+    // out [16][D] += weights times a block of values. `top` is what `weights` gave.
+    static void weigh(const float* weights, Float top, const BlockScales& v, const CacheRows& values, int64_t first,
+                      int64_t count, Ahead& ahead, float* out) {
+        const int64_t D = values.head_dim;
+        const uint8_t* rows = values.data + first * values.row_bytes();
+        IntWeights w;
+        for (int64_t g = 0; g < v.groups; g++) {
+            if (v.groups > 1 || v.four) {
+                round(weights, v, g, count, top, w);
+            } else {
+                memcpy(w.pairs, weights, size_t((count + 1) / 2 * 4 * LANES));
+                Isa::store(w.step, top);
+                Isa::store(w.minimum, Isa::zero());
+            }
+            for (int64_t d = g * v.group; d < (g + 1) * v.group; d += LANES) {
+                if (values.bits == 8)
+                    weigh_tile<8>(w, rows + d, values.row_bytes(), count, ahead, D, out + d);
+                else
+                    weigh_tile<4>(w, rows + d / 2, values.row_bytes(), count, ahead, D, out + d);
+            }
+        }
+    }
+    template <int BITS>
+    [[gnu::noinline]] static void weigh_tile(const IntWeights& w, const uint8_t* rows, int64_t stride, int64_t count,
+                                             Ahead& ahead, int64_t head_dim, float* out) {
+        Int sums[LANES];
+        I::template weigh_ints<BITS>(w.pairs, rows, stride, count, ahead, sums);
+#pragma GCC unroll 16
+        for (int l = 0; l < LANES; l++) {
+            const Float before = Isa::add(Isa::load(out + l * head_dim), Isa::set1(w.minimum[l]));
+            Isa::store(out + l * head_dim, Isa::fma(Isa::to_float(sums[l]), Isa::set1(w.step[l]), before));
+        }
+    }
+};
 
 int64_t attend_scratch(int64_t head_dim, int64_t tokens) {
     return tokens * ((head_dim + ATTENTION_BLOCK) * LANES + INT_QUERY_FLOATS) + ATTENTION_BLOCK * head_dim;
@@ -472,9 +710,12 @@ void prepare_query(const AttentionRows& a, int64_t token, float* row, float* que
         for (int64_t d = 0; d < D; d++) query[d * LANES + h] = row[d];
     }
     if (a.keys.turned()) turn_lanes(query, D);
-    const Float scale = Isa::set1(a.scale);
+    const Float scale = Isa::set1(a.scale * LOG2_E);
     for (int64_t d = 0; d < D; d++) Isa::store(query + d * LANES, Isa::mul(Isa::load(query + d * LANES), scale));
-    if (in_pairs(a.keys)) round_queries(query, a.keys, beside);
+    if (!in_pairs(a.keys)) return;
+    round_queries(query, a.keys, beside);
+    if constexpr (I::INT_TILES)
+        if (IntTiles<I>::takes_keys(a.keys)) IntTiles<I>::split(reinterpret_cast<int16_t*>(query), D);
 }
 
 // Block by block of positions, which are prepared once for all tokens.
@@ -485,92 +726,149 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     const int64_t D = a.keys.head_dim, each = (D + 2) * LANES;
     const bool int_keys = in_pairs(a.keys), int_values = in_pairs(a.values);
     const bool bf16_keys = in_bf16<I>(a, a.keys), bf16_values = in_bf16<I>(a, a.values);
-    float* rows = scratch;                        // [ATTENTION_BLOCK][D]
-    float* queries = rows + ATTENTION_BLOCK * D;  // [tokens][D][16]
-    float* scores = queries + tokens * D * LANES; // [tokens][ATTENTION_BLOCK][16]
+    const bool byte_keys = IntTiles<I>::takes_keys(a.keys), int_tiles = IntTiles<I>::takes_values(a.values);
+    float* rows = scratch;                                    // [ATTENTION_BLOCK][D]
+    float* queries = rows + ATTENTION_BLOCK * D;              // [tokens][D][16]
+    float* scores = queries + tokens * D * LANES;             // [tokens][ATTENTION_BLOCK][16]
     float* beside = scores + tokens * ATTENTION_BLOCK * LANES;
     int16_t* words = reinterpret_cast<int16_t*>(rows);
-    Ahead(a.keys, first, last).rows(ATTENTION_BLOCK);
+    Then then{a.then, a.then + a.then_bytes};
+    const auto query_of = [&](int64_t t) { return a.prepared != nullptr ? a.prepared : queries + t * D * LANES; };
+    const auto beside_query_of = [&](int64_t t) {
+        return a.prepared != nullptr ? a.prepared + D * LANES : beside + t * INT_QUERY_FLOATS;
+    };
+    const auto running = [&](int64_t t) {
+        float* mine = out + t * each;
+        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values || int_tiles};
+    };
     for (int64_t t = 0; t < tokens; t++) {
-        prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
-        memset(out + t * each, 0, size_t(each * 4));
-        Isa::store(out + t * each + D * LANES, Isa::set1(-3.0e38f));
+        if (a.prepared == nullptr)
+            prepare_query<I>(a, token + t, rows, queries + t * D * LANES, beside + t * INT_QUERY_FLOATS);
+        running(t).clear();
     }
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
-        const int64_t count = smaller(ATTENTION_BLOCK, last - s);
-        const int64_t next = smaller(s + count + ATTENTION_BLOCK, a.seen + token + tokens - 1); // perhaps another piece's
+        const int64_t count = smaller(ATTENTION_BLOCK, last - s), behind = last - s - count;
         const auto seen_by = [&](int64_t t) { return smaller(count, a.seen + token + t - s); };
-        Ahead values_ahead(a.values, s, s + count), keys_ahead(a.keys, s + count, next);
-        if (bf16_keys) {
-            if constexpr (I::BF16_DOTS) {
-                const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys.data) + s * D;
-                for (int64_t t = 0; t < tokens; t++)
-                    Bf16<I>::scores(reinterpret_cast<const uint16_t*>(queries + t * D * LANES), keys, D, seen_by(t), a.scale,
-                                    values_ahead, scores + t * ATTENTION_BLOCK * LANES);
-            }
-        } else if (int_keys) {
-            widen_keys(a.keys, s, count, words);
-            const BlockScales scales(a.keys, s, count);
-            for (int64_t t = 0; t < tokens; t++) {
-                const float* mine = beside + t * INT_QUERY_FLOATS;
-                const IntQueries q{reinterpret_cast<const int16_t*>(queries + t * D * LANES), mine, mine + LANES};
-                float* target = scores + t * ATTENTION_BLOCK * LANES;
-                int64_t i = 0;
-                for (; i + T <= seen_by(t); i += T) {
-                    values_ahead.rows(T);
-                    score_pairs<T>(q, scales, words, D, i, target);
-                }
-                for (; i < seen_by(t); i++) score_pairs<1>(q, scales, words, D, i, target);
-            }
-        } else {
-            read_rows(a.keys, s, count, rows);
-            for (int64_t t = 0; t < tokens; t++)
-                attend_scores(queries + t * D * LANES, rows, D, seen_by(t), scores + t * ATTENTION_BLOCK * LANES);
-        }
+        Ahead values_ahead(a.values, a.values.data + s * a.values.row_bytes(), count, then, count * D / 32);
+        Ahead keys_ahead(a.keys, behind > 0 ? a.keys.data + (s + count) * a.keys.row_bytes() : a.next_keys,
+                         behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows, then, count * D / 32);
+        int32_t excess[ATTENTION_BLOCK];
+        if (int_keys && !byte_keys) widen_keys(a.keys, s, count, words);
+        if constexpr (I::INT_TILES)
+            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, count, 32768, excess);
+        if (!int_keys && !bf16_keys) read_rows(a.keys, s, count, rows);
+        const BlockScales key_scales(a.keys, s, int_keys ? count : 0), value_scales(a.values, s, int_values ? count : 0);
         for (int64_t t = 0; t < tokens; t++) {
-            if (seen_by(t) <= 0) continue;
-            float *mine = scores + t * ATTENTION_BLOCK * LANES, *maxima = out + t * each + D * LANES, *sums = maxima + LANES;
-            attend_softmax(mine, D, seen_by(t), out + t * each, maxima, sums);
-            if constexpr (I::BF16_DOTS)
-                if (bf16_values) Bf16<I>::round_weights(mine, seen_by(t), sums);
-            if (!bf16_values) add_weights(mine, seen_by(t), sums);
-        }
-        if (bf16_values) {
-            if constexpr (I::BF16_DOTS) {
-                const uint16_t* values = reinterpret_cast<const uint16_t*>(a.values.data) + s * D;
-                uint16_t *pairs = reinterpret_cast<uint16_t*>(rows), *single = pairs + ATTENTION_BLOCK * D;
-                Bf16<I>::pair_values(values, D, count, pairs);
-                for (int64_t t = 0; t < tokens; t++)
-                    if (seen_by(t) > 0)
-                        Bf16<I>::weigh_all(reinterpret_cast<const uint16_t*>(scores + t * ATTENTION_BLOCK * LANES), pairs,
-                                           values, D, seen_by(t), single, keys_ahead, out + t * each);
+            const int64_t seen = seen_by(t);
+            if (seen <= 0) continue;
+            const float *query = query_of(t), *mine = beside_query_of(t);
+            float* target = scores + t * ATTENTION_BLOCK * LANES;
+            Running sums = running(t);
+            Float highest = Isa::zero(), factor = Isa::set1(1.0f); // of queries that do not have it in them
+            if (byte_keys) {
+                if constexpr (I::INT_TILES) {
+                    const auto of = D == 128 ? IntTiles<I>::template scores<128> : IntTiles<I>::template scores<0>;
+                    highest = of(reinterpret_cast<const uint8_t*>(query),
+                                 reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, excess, key_scales, seen,
+                                 values_ahead, target);
+                    factor = Isa::load(mine);
+                    highest = Isa::mul(highest, factor);
+                }
+            } else if (bf16_keys) {
+                if constexpr (I::BF16_DOTS) {
+                    const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys.data) + s * D;
+                    const auto scores = D == 128 ? Bf16<I>::template scores<128> : Bf16<I>::template scores<0>;
+                    highest = scores(reinterpret_cast<const uint16_t*>(query), keys, D, seen, values_ahead, target);
+                    factor = Isa::set1(a.scale * LOG2_E);
+                    highest = Isa::mul(highest, factor);
+                }
+            } else {
+                if (int_keys) {
+                    const IntQueries q{reinterpret_cast<const int16_t*>(query), mine, mine + LANES};
+                    int64_t i = 0;
+                    for (; i + T <= seen; i += T) {
+                        values_ahead.rows(T);
+                        score_pairs<T>(q, key_scales, words, D, i, target);
+                    }
+                    for (; i < seen; i++) score_pairs<1>(q, key_scales, words, D, i, target);
+                } else {
+                    attend_scores(query, rows, D, seen, target);
+                }
+                highest = highest_of(target, seen);
             }
-            continue;
+            sums.raise(highest);
+            if constexpr (I::BF16_DOTS)
+                if (bf16_values)
+                    Bf16<I>::weights(target, seen, factor, Isa::load(sums.shift), sums.sums);
+            if constexpr (I::INT_TILES)
+                if (int_tiles)
+                    Isa::store(beside + (t + 1) * INT_QUERY_FLOATS - LANES,
+                               IntTiles<I>::weights(target, value_scales, seen, factor, Isa::load(sums.shift), highest,
+                                                    sums.sums));
+            if (!bf16_values && !int_tiles) {
+                weights_of(target, seen, factor, Isa::load(sums.shift));
+                add_weights(target, seen, sums.sums);
+            }
         }
-        if (int_values) {
-            widen_values(a.values, s, count, words);
-            const BlockScales scales(a.values, s, count);
-            for (int64_t t = 0; t < tokens; t++)
-                if (seen_by(t) > 0)
-                    attend_int_values(scores + t * ATTENTION_BLOCK * LANES, scales, words, D, seen_by(t), keys_ahead,
-                                      out + t * each);
-            continue;
-        }
-        read_rows(a.values, s, count, rows);
+        if (int_values && !int_tiles) widen_values(a.values, s, count, words);
+        if (!int_values && !bf16_values) read_rows(a.values, s, count, rows);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = seen_by(t);
             if (seen <= 0) continue;
             const float* mine = scores + t * ATTENTION_BLOCK * LANES;
-            int64_t d = 0;
-            for (; d + T <= D; d += T) attend_values<T>(mine, rows, D, seen, d, out + t * each);
-            for (; d < D; d++) attend_values<1>(mine, rows, D, seen, d, out + t * each);
+            float* sums = out + t * each;
+            if (bf16_values) {
+                if constexpr (I::BF16_DOTS)
+                    Bf16<I>::weigh(reinterpret_cast<const uint16_t*>(mine),
+                                   reinterpret_cast<const uint16_t*>(a.values.data) + s * D, D, seen, keys_ahead, sums);
+            } else if (int_tiles) {
+                if constexpr (I::INT_TILES) {
+                    const float* top = beside + (t + 1) * INT_QUERY_FLOATS - LANES;
+                    IntTiles<I>::weigh(mine, Isa::load(top), value_scales, a.values, s, seen, keys_ahead, sums);
+                }
+            } else if (int_values) {
+                attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);
+            } else {
+                int64_t d = 0;
+                for (; d + T <= D; d += T) attend_values<T>(mine, rows, D, seen, d, sums);
+                for (; d < D; d++) attend_values<1>(mine, rows, D, seen, d, sums);
+            }
         }
     }
+    for (int64_t t = 0; t < tokens; t++) running(t).part(queries);
 }
 
 void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
             float* out) {
     attend_with<Isa>(a, token, tokens, first, last, scratch, out);
+}
+
+int64_t prepared_floats(int64_t head_dim) { return head_dim * LANES + INT_QUERY_FLOATS; }
+
+void prepare(const AttentionRows& a, int64_t token, float* scratch, float* out) {
+    prepare_query<Isa>(a, token, scratch, out, out + a.keys.head_dim * LANES);
+}
+
+void combine(const float* parts, int64_t count, int64_t head_dim, float* out) {
+    const int64_t each = (head_dim + 2) * LANES;
+    Float highest = Isa::set1(LOWEST);
+    for (int64_t i = 0; i < count; i++) highest = Isa::max(highest, Isa::load(parts + i * each + head_dim * LANES));
+    float weights[LANES], most[LANES], totals[LANES] = {};
+    Isa::store(most, highest);
+    memset(out, 0, size_t(head_dim * LANES * 4));
+    for (int64_t i = 0; i < count; i++, parts += each) {
+        const float *shift = parts + head_dim * LANES, *sums = shift + LANES;
+        for (int64_t l = 0; l < LANES; l++) weights[l] = exp2_of(shift[l] - most[l]);
+        for (int64_t l = 0; l < LANES; l++) totals[l] += weights[l] * sums[l];
+        for (int64_t l = 0; l < LANES; l++) {
+            const float weight = weights[l];
+            float* __restrict row = out + l * head_dim;
+            const float* __restrict part = parts + l * head_dim;
+            for (int64_t d = 0; d < head_dim; d++) row[d] += weight * part[d];
+        }
+    }
+    for (int64_t l = 0; l < LANES; l++)
+        for (int64_t d = 0; d < head_dim; d++) out[l * head_dim + d] /= totals[l];
 }
 
 } // namespace

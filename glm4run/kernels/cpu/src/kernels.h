@@ -54,6 +54,11 @@ struct AttentionRows {
     int64_t seen; // positions that query 0 sees; each next one sees one more
     int32_t dtype; // of query
     float scale;
+    const uint8_t* next_keys; // rows that this thread will probably read next; null: nothing is known
+    int64_t next_rows;
+    const uint8_t* then; // what will be read after attention
+    int64_t then_bytes;
+    const float* prepared; // the one token's query as `prepare` gave it; null: to be prepared
 };
 
 constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and their sums fit the first-level cache
@@ -103,9 +108,15 @@ struct Kernels {
     void (*rms_norm)(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out);
     void (*silu_mul)(const void* gate, const void* up, int32_t dtype, int64_t size, void* out);
     // Partial attention of `tokens` query tokens from `token` on over positions first..last-1, of which each sees those
-    // up to its own. out, a token: sums of values float [D][16], then their maxima [16] and the sums of weights [16].
+    // up to its own. out, a token: sums of values float [16][D], then what the weights' exponents were shifted by [16], in
+    // powers of two, and the sums of weights [16].
     void (*attend)(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
                    float* out);
+    // `count` such parts, one behind the other, to out [16][D].
+    void (*combine)(const float* parts, int64_t count, int64_t head_dim, float* out);
+    // A token's queries as its keys take them, for all parts of its attention: prepared_floats.
+    void (*prepare)(const AttentionRows& a, int64_t token, float* scratch, float* out);
+    int64_t (*prepared_floats)(int64_t head_dim);
     int64_t (*attend_scratch)(int64_t head_dim, int64_t tokens); // floats
     // XOR of all bytes: the fastest way to read; `ahead` bytes of software prefetch, 0 for none.
     uint64_t (*read)(const uint8_t* memory, int64_t bytes, int64_t ahead);

@@ -1,6 +1,9 @@
 // What a layer does between its products: norms, SwiGLU, rotation, attention of new tokens over the cache.
 #include <math.h>
 #include <string.h>
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
 
 #include "dispatch.h"
 #include "operations.h"
@@ -79,6 +82,7 @@ constexpr int64_t APPEND_TOKENS = 8;   // of a piece
 constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 
 int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How the positions that one token sees are cut. By nothing else, so that a token's result is the same bits for any
 // number of threads and of tokens beside it.
@@ -97,15 +101,18 @@ struct AttentionContext {
     const char* query;
     G4Cache cache;
     char* out;
-    float* partial; // per token, KV head, group of lanes and stretch: out [D][16], maxima [16], sums [16]
+    float* prepared; // queries, per token, KV head and group of lanes: what Kernels::prepare gives
+    float* partial; // per token, KV head, group of lanes and stretch: what Kernels::attend gives
     int64_t tokens, heads, kv_heads, head_dim, positions;
     int64_t query_token, query_head; // strides in elements
     int64_t lane_groups, stretches;  // the most that a token has
     int32_t dtype;
     float scale;
+    Upcoming upcoming;
 
     int64_t repeat() const { return heads / kv_heads; }
     int64_t seen(int64_t token) const { return positions - tokens + 1 + token; }
+    int64_t parts() const { return tokens * kv_heads * lane_groups; }
     int64_t partial_floats() const { return (head_dim + 2) * ATTENTION_LANES; }
 };
 
@@ -142,6 +149,44 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     return rows;
 }
 
+// What may be fetched ahead: three quarters of the third-level cache, less the rows that pass it in the same time. 0 where
+// its size is not known. glibc says what all caches of a package have together, of which a core may reach one.
+constexpr int64_t MOST_THIRD_LEVEL = int64_t(32) << 20;
+int64_t upcoming_bytes(const AttentionContext& c) {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    static const int64_t third_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    static const int64_t third_level = 0;
+#endif
+    const int64_t passing = (head_of(c.cache, c.cache.keys, c.head_dim, 0).row_bytes() +
+                             head_of(c.cache, c.cache.values, c.head_dim, 0).row_bytes()) / 2;
+    const int64_t calls = c.head_dim / 32; // of Ahead::line for such a row, half a line each
+    return third_level < 0 ? 0 : smaller(third_level, MOST_THIRD_LEVEL) * 3 / 4 * 32 * calls / (32 * calls + passing);
+}
+
+// The share of a piece in what is read after attention. The last pieces have one, so that it is still there then.
+void fetch_upcoming(const AttentionContext& c, int64_t index, int64_t positions, AttentionRows& rows) {
+    const int64_t pieces = c.parts() * c.stretches, each = positions * c.head_dim / 32 * 64;
+    const int64_t most = smaller(upcoming_bytes(c), c.upcoming.bytes[0] + c.upcoming.bytes[1]);
+    const int64_t sharing = most / (each > 0 ? each : 1);
+    if (sharing == 0) return;
+    int64_t at = (index - (sharing < pieces ? pieces - sharing : 0)) * each;
+    if (at < 0) return;
+    for (int i = 0; i < 2; at -= c.upcoming.bytes[i++]) {
+        if (at >= c.upcoming.bytes[i]) continue;
+        rows.then = c.upcoming.memory[i] + at;
+        rows.then_bytes = smaller(each, c.upcoming.bytes[i] - at);
+        return;
+    }
+}
+
+void prepare_piece(const void* context, int64_t index, Ticket& ticket) {
+    const AttentionContext& c = *static_cast<const AttentionContext*>(context);
+    const AttentionPart part = part_of(c, index);
+    float* scratch = static_cast<float*>(ticket.scratch(size_t(c.head_dim * 4)));
+    c.kernels->prepare(rows_of(c, part), part.token, scratch, c.prepared + index * c.kernels->prepared_floats(c.head_dim));
+}
+
 void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index / c.stretches);
@@ -151,7 +196,17 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const int64_t last = first + cut.stretch < seen ? first + cut.stretch : seen;
     if (first >= last) return; // another token has more stretches
     float* scratch = static_cast<float*>(ticket.scratch(size_t(c.kernels->attend_scratch(c.head_dim, 1) * 4)));
-    c.kernels->attend(rows_of(c, part), part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
+    AttentionRows rows = rows_of(c, part);
+    const int64_t next = index + pool_threads(); // the threads take pieces in turns
+    if (next / c.stretches < c.parts()) {
+        const AttentionPart other = part_of(c, next / c.stretches);
+        const CacheRows keys = head_of(c.cache, c.cache.keys, c.head_dim, other.kv_head);
+        rows.next_keys = keys.data + next % c.stretches * cut.stretch * keys.row_bytes();
+        rows.next_rows = ATTENTION_BLOCK;
+    }
+    fetch_upcoming(c, index, last - first, rows);
+    rows.prepared = c.prepared + index / c.stretches * c.kernels->prepared_floats(c.head_dim);
+    c.kernels->attend(rows, part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
 
 // Many new tokens: a piece is some of them over all positions, the longest first.
@@ -172,7 +227,7 @@ void attend_many_piece(const void* context, int64_t index, Ticket& ticket) {
         const float* mine = sums + t * c.partial_floats();
         const float* totals = mine + (D + 1) * ATTENTION_LANES;
         for (int64_t lane = 0; lane < rows.heads; lane++) {
-            for (int64_t d = 0; d < D; d++) scratch[d] = mine[d * ATTENTION_LANES + lane] / totals[lane];
+            for (int64_t d = 0; d < D; d++) scratch[d] = mine[lane * D + d] / totals[lane];
             if (rows.values.turned()) c.kernels->turn(scratch, D);
             char* out = c.out + ((token + t) * c.heads + first_head + lane) * D * dtype_bytes(c.dtype);
             c.kernels->from_float(scratch, c.dtype, D, out);
@@ -184,29 +239,9 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index);
     const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
-    const float* parts = c.partial + index * c.stretches * c.partial_floats();
-    const int64_t stretches = Cut(c.seen(part.token)).count;
-    float* sums = static_cast<float*>(ticket.scratch(size_t((ATTENTION_LANES + 1) * D * 4)));
-    float* row = sums + ATTENTION_LANES * D;
-    float highest[ATTENTION_LANES], weights[ATTENTION_LANES], totals[ATTENTION_LANES] = {};
-    for (float& one : highest) one = -3.0e38f;
-    for (int64_t s = 0; s < stretches; s++)
-        for (int64_t lane = 0; lane < ATTENTION_LANES; lane++)
-            highest[lane] = fmaxf(highest[lane], parts[s * c.partial_floats() + D * ATTENTION_LANES + lane]);
-    memset(sums, 0, size_t(ATTENTION_LANES * D * 4));
-    for (int64_t s = 0; s < stretches; s++) {
-        const float* one = parts + s * c.partial_floats();
-        const float* maxima = one + D * ATTENTION_LANES;
-        for (int64_t lane = 0; lane < ATTENTION_LANES; lane++) {
-            weights[lane] = expf(maxima[lane] - highest[lane]);
-            totals[lane] += weights[lane] * maxima[ATTENTION_LANES + lane];
-        }
-        for (int64_t d = 0; d < D; d++)
-            for (int64_t lane = 0; lane < ATTENTION_LANES; lane++)
-                sums[d * ATTENTION_LANES + lane] += weights[lane] * one[d * ATTENTION_LANES + lane];
-    }
-    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++) {
-        for (int64_t d = 0; d < D; d++) row[d] = sums[d * ATTENTION_LANES + lane] / totals[lane];
+    float* row = static_cast<float*>(ticket.scratch(size_t(ATTENTION_LANES * D * 4)));
+    c.kernels->combine(c.partial + index * c.stretches * c.partial_floats(), Cut(c.seen(part.token)).count, D, row);
+    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++, row += D) {
         if (c.cache.values.bits != 16) c.kernels->turn(row, D);
         const int64_t head = part.kv_head * c.repeat() + first_head + lane;
         c.kernels->from_float(row, c.dtype, D, c.out + (part.token * c.heads + head) * D * element);
@@ -308,7 +343,7 @@ G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_hea
                                    int64_t positions) {
     if (tokens > FEW_TOKENS) return 0;
     const AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
-    return tokens * kv_heads * c.lane_groups * c.stretches * c.partial_floats();
+    return c.parts() * (c.stretches * c.partial_floats() + c.kernels->prepared_floats(head_dim));
 }
 
 // Causal attention of the last `tokens` of `positions` that the cache holds. query: in `dtype`, strides given in
@@ -316,20 +351,28 @@ G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_hea
 G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,
                          const G4Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                          int64_t positions, float* work, void* out) {
+    attention(query, query_token, query_head, dtype, cache, tokens, heads, kv_heads, head_dim, positions, work, out, {});
+}
+
+void attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype, const G4Cache* cache,
+               int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t positions, float* work, void* out,
+               const Upcoming& upcoming) {
     AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
     c.query = static_cast<const char*>(query);
     c.cache = *cache;
     c.out = static_cast<char*>(out);
-    c.partial = work;
+    c.prepared = work;
+    c.partial = work + c.parts() * c.kernels->prepared_floats(head_dim);
     c.query_token = query_token;
     c.query_head = query_head;
     c.dtype = dtype;
     c.scale = 1.0f / sqrtf(float(head_dim));
+    c.upcoming = upcoming;
     if (tokens > FEW_TOKENS) {
         pool_run({attend_many_piece, pieces_of(tokens, PREFILL_TOKENS) * kv_heads * c.lane_groups, true}, &c, sizeof c);
         return;
     }
-    const int64_t parts = tokens * kv_heads * c.lane_groups;
-    pool_run({attend_piece, parts * c.stretches, false}, &c, sizeof c);
-    pool_run({combine_piece, parts, false}, &c, sizeof c);
+    pool_run({prepare_piece, c.parts(), false}, &c, sizeof c);
+    pool_run({attend_piece, c.parts() * c.stretches, false}, &c, sizeof c);
+    pool_run({combine_piece, c.parts(), false}, &c, sizeof c);
 }

@@ -27,6 +27,7 @@ struct Isa {
     static constexpr bool PREFETCH = true;
     static constexpr int FMA_TOKENS = 4;
     static constexpr bool BF16_DOTS = false;
+    static constexpr bool INT_TILES = false;
 
     struct Float {
         __m256 v[2];

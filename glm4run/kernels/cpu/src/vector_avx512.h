@@ -22,6 +22,7 @@ struct Isa {
     static constexpr int GEMM_TOKENS_X16 = 12;
     static constexpr bool PREFETCH = true;
     static constexpr int FMA_TOKENS = 8;
+    static constexpr bool INT_TILES = true;
     static constexpr bool BF16_DOTS =
 #if defined(G4_AVX512_BF16)
         true;
@@ -45,8 +46,7 @@ struct Isa {
     static inline Float as_float(Int a) { return _mm512_castsi512_ps(a); }
     // The low 16 bits of every lane of both, as pairs.
     static inline Int low_words(Float a, Float b) {
-        const Int low = _mm512_and_si512(_mm512_castps_si512(a), int_set1(0xFFFF));
-        return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_castps_si512(b), 16));
+        return _mm512_mask_mov_epi16(_mm512_slli_epi32(_mm512_castps_si512(b), 16), 0x55555555, _mm512_castps_si512(a));
     }
     static inline Int int_set1(int32_t x) { return _mm512_set1_epi32(x); }
     static inline Int int_load(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -202,29 +202,126 @@ struct Isa {
             Int row = _mm512_loadu_si512(w);
             once(row);
 #pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-#if defined(__AVX512VNNI__)
-                asm("vpdpwssd %2%{1to16%}, %1, %0"
-                    : "+v"(sums[t])
-                    : "v"(row), "m"(*reinterpret_cast<const Word*>(x + t * stride)));
-#else
-                int32_t word;
-                __builtin_memcpy(&word, x + t * stride, 4);
-                sums[t] = _mm512_dpwssd_epi32(sums[t], row, _mm512_set1_epi32(word));
-#endif
-            }
+            for (int t = 0; t < T; t++) add_pairs(sums[t], row, x + t * stride);
         }
     }
+    // sum += w * the same pair in every lane.
+    static inline void add_pairs(Int& sum, Int w, const int16_t* x) {
+#if defined(__AVX512VNNI__)
+        asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*reinterpret_cast<const Word*>(x)));
+#else
+        int32_t word;
+        __builtin_memcpy(&word, x, 4);
+        sum = _mm512_dpwssd_epi32(sum, w, _mm512_set1_epi32(word));
+#endif
+    }
+    // sums[t] = w * x over 4 `fours` signed bytes of rows x: w unsigned, [fours][upper, lower][16][4].
+    template <int T, typename Ahead>
+    static inline void dot_bytes(const uint8_t* w, const int8_t* x, int64_t stride, int64_t fours, Ahead& ahead,
+                                 Int (&sums)[T]) {
+        Int lower[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[t] = lower[t] = int_set1(0);
+        for (int64_t i = 0; i < fours; i++, w += 128, x += 4) {
+            Int high = _mm512_loadu_si512(w), low = _mm512_loadu_si512(w + 64);
+            once(high);
+            once(low);
+            ahead.line();
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                add_dot(sums[t], high, x + t * stride);
+                add_dot(lower[t], low, x + t * stride);
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[t] = _mm512_add_epi32(lower[t], _mm512_slli_epi32(sums[t], 8));
+    }
+    // The sum of each of `count` rows of signed bytes, a multiple of 64, times `factor`. `out` has room for a multiple of 4.
+    [[gnu::noinline]] static void row_sums(const int8_t* rows, int64_t width, int64_t count, int32_t factor, int32_t* out) {
+        const Int ones = _mm512_set1_epi8(1);
+        for (int64_t s = 0; s < count; s += 4) {
+            Int four[4];
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < 4; k++) {
+                four[k] = int_set1(0);
+                const int8_t* row = rows + (s + k < count ? s + k : s) * width;
+                for (int64_t i = 0; i < width; i += 64) four[k] = _mm512_dpbusd_epi32(four[k], ones, _mm512_loadu_si512(row + i));
+            }
+            const Int a = _mm512_add_epi32(_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1]));
+            const Int b = _mm512_add_epi32(_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3]));
+            const Int all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+            const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+            const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+            _mm_storeu_si128((__m128i*)(out + s), _mm_mullo_epi32(sums, _mm_set1_epi32(factor)));
+        }
+    }
+    // sums[l] = w[.][l] * x over `count` rows of 16 integers: w 16-bit, pairs of rows [(count + 1) / 2][16][2].
+    template <int BITS, typename Ahead>
+    static inline void weigh_ints(const int16_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
+                                  Int (&sums)[16]) {
+#pragma GCC unroll 16
+        for (int l = 0; l < 16; l++) sums[l] = int_set1(0);
+        for (int64_t s = 0; s < count; s += 2, w += 32, x += 2 * stride) {
+            Int row = pair_of_rows<BITS>(x, s + 1 < count ? x + stride : nullptr);
+            once(row);
+            ahead.line();
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; l++) add_pairs(sums[l], row, w + 2 * l);
+        }
+    }
+    // 16 integers of two rows as 16-bit pairs. A row that is null counts as zeros.
+    template <int BITS>
+    static inline Int pair_of_rows(const uint8_t* a, const uint8_t* b) {
+        const __m128i first = sixteen<BITS>(a), second = b != nullptr ? sixteen<BITS>(b) : _mm_setzero_si128();
+        const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi8(first, second));
+        return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(low, _mm_unpackhi_epi8(first, second), 1));
+    }
+    template <int BITS>
+    static inline __m128i sixteen(const uint8_t* p) {
+        if constexpr (BITS == 8) return _mm_loadu_si128((const __m128i*)p);
+        const __m128i raw = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
+        return _mm_unpacklo_epi8(_mm_and_si128(raw, mask), _mm_and_si128(_mm_srli_epi16(raw, 4), mask));
+    }
+    // 2^x for x of at most 128; relative error below 3e-6. Below -126 as at -126. NaN stays: its low bits are zeros.
+    static inline Float exp2_of(Float x) {
+        x = _mm512_max_ps(set1(-126.0f), x);
+        const Float magic = set1(12582912.0f), shifted = add(x, magic), r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
+        Float p = fma(set1(9.5701e-3f), r, set1(5.591786e-2f));
+        p = fma(p, r, set1(2.4024745e-1f));
+        p = fma(p, r, set1(6.9312181e-1f));
+        p = fma(p, r, set1(9.9999926e-1f));
+        const Int power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+        return as_float(_mm512_add_epi32(_mm512_castps_si512(p), power));
+    }
+    // Two rows of 16 floats, times `inverse` and rounded to 16 bits, as 16 pairs.
+    static inline void int_pairs(Float a, Float b, Float inverse, int16_t* out) {
+        const Float magic = set1(12582912.0f);
+        _mm512_storeu_si512(out, low_words(fma(a, inverse, magic), fma(b, inverse, magic)));
+    }
 #if defined(G4_AVX512_BF16)
-    // The same for bf16: an instruction makes as many products as for 16-bit integers, twice as many as for floats.
-    template <int T>
-    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t pair_stride, int64_t pairs,
+    // sums[t] += w * x over `pairs` of bf16: w [pairs][16][2], the same two of x in every lane. An instruction makes as many
+    // products as for 16-bit integers, twice as many as for floats.
+    template <int T, typename Ahead>
+    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t pairs, Ahead& ahead,
                                 Float (&sums)[T]) {
-        for (int64_t i = 0; i < pairs; i++, w += 32, x += pair_stride) {
+        for (int64_t i = 0; i < pairs; i++, w += 32, x += 2) {
             Int row = _mm512_loadu_si512(w);
             once(row);
-#pragma GCC unroll 8
+            ahead.line();
+#pragma GCC unroll 16
             for (int t = 0; t < T; t++) add_bf16_dot(sums[t], row, x + t * stride);
+        }
+    }
+    // sums[l] += w[.][l] * x over `count` rows of 16 bf16: w pairs of rows [(count + 1) / 2][16][2].
+    template <typename Ahead>
+    static inline void weigh_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t count, Ahead& ahead,
+                                  Float (&sums)[16]) {
+        for (int64_t s = 0; s < count; s += 2, w += 32, x += 2 * stride) {
+            Int row = side_by_side(x, s + 1 < count ? x + stride : nullptr);
+            once(row);
+            ahead.line();
+#pragma GCC unroll 16
+            for (int l = 0; l < 16; l++) add_bf16_dot(sums[l], row, w + 2 * l);
         }
     }
     // Two rows of 16 floats, rounded, as 16 pairs; adds what they have become to `total`.
@@ -243,8 +340,8 @@ struct Isa {
         const Int pairs = _mm512_loadu_si512(rounded);
 #endif
         _mm512_storeu_si512(out, pairs);
-        const Int high = _mm512_set1_epi32(int32_t(0xFFFF0000));
-        total = add(total, add(as_float(_mm512_slli_epi32(pairs, 16)), as_float(_mm512_and_si512(pairs, high))));
+        static const uint16_t ones[2] = {0x3F80, 0x3F80};
+        add_bf16_dot(total, pairs, ones);
     }
     // sum += a * the same pair in every lane. As text for the reason above.
     static inline void add_bf16_dot(Float& sum, Int a, const uint16_t* x) {
@@ -258,23 +355,12 @@ struct Isa {
         sum = fma(as_float(_mm512_slli_epi32(a, 16)), as_float(_mm512_slli_epi32(pair, 16)), sum);
 #endif
     }
-    // Two rows of 16-bit numbers side by side: out [count][2]. A row that is null counts as zeros.
-    static inline void side_by_side(const uint16_t* a, const uint16_t* b, int64_t count, uint16_t* out) {
-        int64_t i = 0;
-#if defined(__AVX512BF16__)
-        const Int low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const Int high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        for (; i + 32 <= count; i += 32) {
-            const Int first = _mm512_loadu_si512(a + i), second = b != nullptr ? _mm512_loadu_si512(b + i) : int_set1(0);
-            _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi16(first, low, second));
-            _mm512_storeu_si512(out + 2 * i + 32, _mm512_permutex2var_epi16(first, high, second));
-        }
-#endif
-        for (; i < count; i++) {
-            out[2 * i] = a[i];
-            out[2 * i + 1] = b != nullptr ? b[i] : 0;
-        }
+    // Two rows of 16 numbers of 16 bits, side by side. A row that is null counts as zeros.
+    static inline Int side_by_side(const uint16_t* a, const uint16_t* b) {
+        const __m256i first = _mm256_loadu_si256((const __m256i*)a);
+        const __m256i second = b != nullptr ? _mm256_loadu_si256((const __m256i*)b) : _mm256_setzero_si256();
+        const Int low = _mm512_cvtepu16_epi32(first), high = _mm512_cvtepu16_epi32(second);
+        return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
 #endif
     static inline void unpack_q4(const uint8_t* w, uint8_t* out, int64_t count) {

@@ -18,6 +18,7 @@ struct Isa {
     static constexpr bool PREFETCH = false;
     static constexpr int FMA_TOKENS = 4;
     static constexpr bool BF16_DOTS = false;
+    static constexpr bool INT_TILES = false;
     static constexpr int N = 16;
 
     struct Float {
