@@ -196,9 +196,10 @@ def test_order_of_columns_is_undone() -> None:
     assert float((weight - scale_groups(ordered, scale)).abs().max()) < float(scale.abs().max())
 
 
-def test_moved_target_is_the_least_squares_solution() -> None:
+@pytest.mark.parametrize("rows", [5, 40])  # fewer rows than inputs, and more: solved from either side
+def test_moved_target_is_the_least_squares_solution(rows: int) -> None:
     generator = torch.Generator().manual_seed(6)
-    weight = torch.randn(5, 32, generator=generator)
+    weight = torch.randn(rows, 32, generator=generator)
     theirs = torch.randn(500, 32, generator=generator)
     mine = theirs + 0.3 * torch.randn(500, 32, generator=generator)
     moments = mine.t() @ mine / 500
