@@ -5,9 +5,9 @@
 
 The demo ships packed, and the last part of its training saw rounded weights. So each weight is moved by up to half a
 step of its grid, either way, at random, and the training goes on from there without any rounding, by so many steps of
-`scripts/train_demo.py`. Training alone moves weights by a fraction of a step: without the first, the grid that they came
-from is still there to be found (`--on-grid` shows that). What that gives is the source. It is packed by each method and
-measured as `fidelity.py` does, on conversations that neither training nor calibration has seen.
+`scripts/train_demo.py` (none with 0). Training alone moves weights by a fraction of a step: without the first, the grid
+that they came from is still there to be found (`--on-grid` shows that). What that gives is the source. It is packed by
+each method and measured as `fidelity.py` does, on conversations that neither training nor calibration has seen.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def moved(source: Path) -> float:
     steps = {name: step for name, step in grid_steps().items() if "layers" in name}
     squares, count = 0.0, 0
     for name, step in steps.items():
-        apart = (trained.get_submodule(name).weight - packed.get_submodule(name).weight) / step
-        squares, count = squares + float(apart.square().sum()), count + step.numel()
+        apart = (trained.get_parameter(f"{name}.weight") - packed.get_parameter(f"{name}.weight")) / step
+        squares, count = squares + float(apart.detach().square().sum()), count + step.numel()
     return float((squares / count) ** 0.5)
 
 
@@ -96,8 +96,9 @@ def train_on(folder: Path, steps: int, *, on_grid: bool) -> Path:
         if not on_grid:
             with torch.no_grad():
                 for name, step in grid_steps().items():
-                    model.get_submodule(name).weight += (torch.rand_like(step) - 0.5) * step
-        train_demo.train(model, tokenizer, 0.0, steps, rounded_from=1.0)
+                    model.get_parameter(f"{name}.weight").add_((torch.rand_like(step) - 0.5) * step)
+        if steps:
+            train_demo.train(model, tokenizer, 0.0, steps, rounded_from=1.0)
         train_demo.save(model, folder)
     return folder
 
