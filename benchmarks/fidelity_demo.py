@@ -29,7 +29,11 @@ from glm4run import load_model  # noqa: E402
 from glm4run.kernels.reference import ReferenceWeight  # noqa: E402
 from glm4run.layers import QuantizedLinear  # noqa: E402
 from glm4run.machine import commit, cpu_name  # noqa: E402
+from glm4run.qformat import scale_groups  # noqa: E402
+from glm4run.quant_config import QuantScheme  # noqa: E402
 from glm4run.tokenizer import load_tokenizer  # noqa: E402
+from glm4run_quantize.methods.mse import quantize_mse  # noqa: E402
+from glm4run_quantize.methods.rtn import quantize_rtn  # noqa: E402
 
 DEMO = ROOT / "models" / "demo"
 WINDOWS, CALIBRATION_TOKENS = 32, 32768
@@ -51,6 +55,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     source = train_on(args.work / f"source-{args.steps}", args.steps, on_grid=args.on_grid)
     print(f"training moved the weights by {moved(source):.2g} of a step, root mean square", file=sys.stderr)
+    print(describe_grid(source), file=sys.stderr)
     evaluated = write_text(args.work / "evaluated.txt", EVALUATED_SEED, EVALUATED_BYTES)
     calibration = write_text(args.work / "calibration.txt", CALIBRATION_SEED, CALIBRATION_BYTES)
     bench = Bench(source, args.work, evaluated, calibration, WINDOWS, CALIBRATION_TOKENS)
@@ -81,6 +86,27 @@ def moved(source: Path) -> float:
         apart = (trained.get_parameter(f"{name}.weight") - packed.get_parameter(f"{name}.weight")) / step
         squares, count = squares + float(apart.detach().square().sum()), count + step.numel()
     return float((squares / count) ** 0.5)
+
+
+def describe_grid(source: Path) -> str:
+    """How much of the packed demo comes back when the source is rounded without knowing its inputs, at g32."""
+    trained, packed = load_model(source, dtype="fp32").model, dense(DEMO).model
+    lines = []
+    for method, quantize in (("rtn", quantize_rtn), ("mse", quantize_mse)):
+        same = count = 0
+        product = error_square = undone_square = 0.0
+        for name in (name for name in grid_steps() if "layers" in name):
+            weight, old = (model.get_parameter(f"{name}.weight").detach() for model in (trained, packed))
+            restored = scale_groups(*quantize(weight, QuantScheme(4, 32), torch.bfloat16))
+            error, undone = restored - weight, old - weight
+            same += int(((restored - old).abs() < 0.02 * old.abs().clamp(min=1e-6)).sum())
+            count += old.numel()
+            product += float((error * undone).sum())
+            error_square += float(error.square().sum())
+            undone_square += float(undone.square().sum())
+        cosine = product / (error_square * undone_square) ** 0.5
+        lines.append(f"{method}: {same / count:.0%} of the packed demo's weights, cosine with undoing {cosine:.2f}")
+    return "\n".join(lines)
 
 
 def train_on(folder: Path, steps: int, *, on_grid: bool) -> Path:
