@@ -47,6 +47,7 @@ def _rows() -> dict[str, dict[str, Any]]:
     rows["gptq-int4-g32-built-in"] = {"method": "gptq", "group_size": 32, "calibration": BUILT_IN}
     for method in ("mse", "gptq"):
         rows[f"{method}-mixed-5.5"] = {"method": method, "target_bpw": 5.5}
+    rows["int8-default"] = {"bits": 8}  # what `--bits 8` gives, but for the head
     rows["rtn-int8-g64"] = {"method": "rtn", "bits": 8, "group_size": 64}
     rows["mse-int8-g64"] = {"method": "mse", "bits": 8, "group_size": 64}
     rows["gptq-int8-g64"] = {"method": "gptq", "bits": 8, "group_size": 64}
@@ -104,7 +105,7 @@ class Bench:
     def row(self, name: str) -> dict[str, Any]:
         """The figures of one row; from an earlier run where it has the same options."""
         options = dict(ROWS[name])
-        if options["method"] in ("awq", "gptq") or "target_bpw" in options:
+        if options.get("method") in ("awq", "gptq") or "target_bpw" in options:
             options["calibration_tokens"] = self.calibration_tokens
             if options.get("calibration") == BUILT_IN:
                 del options["calibration"]

@@ -23,6 +23,7 @@ from glm4run import __version__
 from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.config import ModelConfig, parse_config, read_json
 from glm4run.errors import CheckpointError, DoesNotFitError, UsageError
+from glm4run.kernels.cpu.library import why_missing
 from glm4run.tokenizer import load_tokenizer
 from glm4run_quantize.calibration import DEFAULT_TOKENS, Calibration, read_calibration
 from glm4run_quantize.folder_files import hf_config, write_text_files
@@ -30,7 +31,7 @@ from glm4run_quantize.job import UNCALIBRATED, Job, Progress
 from glm4run_quantize.journal import Journal, remove_traces
 from glm4run_quantize.layerwise import CALIBRATED, Layerwise
 from glm4run_quantize.measured import Measure, measure
-from glm4run_quantize.recipes import Recipe, choose_recipe, load_recipe
+from glm4run_quantize.recipes import HEAD, Recipe, choose_recipe, load_recipe
 from glm4run_quantize.report import HeldOut, QuantizeReport
 from glm4run_quantize.sensitivity import fit_recipe
 from glm4run_quantize.writer import replacing_folder, resumable_bytes, write_json
@@ -45,15 +46,16 @@ class Options:
     """How to pack.
 
     bits: 4 or 8. group_size: 32, 64 or 128 for every linear; None takes the default recipe of `bits`. method: one of
-    `METHODS`. head_bits: 8, 4, or 16 to keep lm_head dense. recipe: the name of a built-in recipe or a TOML file,
-    instead of bits, group size and head. target_bpw, target_gib: bits per weight of the layers' linears, or the size
-    of the whole file, that bits and group sizes are chosen for, tensor by tensor. calibration: a UTF-8 text instead of
-    the built-in one, of which `calibration_tokens` are used. device: where calibrated methods compute.
+    `METHODS`; None is `mse` where all layers get 8 bits, else `rtn`. head_bits: 8, 4, or 16 to keep lm_head dense.
+    recipe: the name of a built-in recipe or a TOML file, instead of bits, group size and head. target_bpw, target_gib:
+    bits per weight of the layers' linears, or the size of the whole file, that bits and group sizes are chosen for,
+    tensor by tensor. calibration: a UTF-8 text instead of the built-in one, of which `calibration_tokens` are used.
+    device: where calibrated methods compute.
     """
 
     bits: int = 4
     group_size: int | None = None
-    method: str = "rtn"
+    method: str | None = None
     head_bits: int = 8
     recipe: str | None = None
     target_bpw: float | None = None
@@ -64,7 +66,7 @@ class Options:
 
     def check(self) -> None:
         """Raises UsageError where options exclude each other or are out of range."""
-        if self.method not in METHODS:
+        if self.method is not None and self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"one of: {', '.join(METHODS)}")
         given = {"--recipe": self.recipe, "--target-bpw": self.target_bpw, "--target-gib": self.target_gib}
         given |= {"--group-size": self.group_size}
@@ -75,7 +77,7 @@ class Options:
             raise UsageError(f"{self.calibration_tokens} calibration tokens", hint="1024 at least")
         if self.calibration is not None and not self.needs_calibration:
             raise UsageError(
-                f"--calibration has no use for method {self.method!r}",
+                f"--calibration has no use for method {self.method or 'rtn'!r}",
                 hint=f"choose --method {' or '.join(CALIBRATED)}, or a --target",
             )
 
@@ -128,6 +130,7 @@ def quantize_checkpoint(
         calibration = read_calibration(load_tokenizer(source), chosen.calibration, chosen.calibration_tokens)
     with CheckpointReader(source, config) as reader:
         recipe, notices = _choose_recipe(reader, config, chosen, calibration)
+        chosen = replace(chosen, method=chosen.method or default_method(recipe, config))
         run = _Run(source, reader, config, raw, chosen, recipe, calibration, progress)
         run.require_disk(output)
         with replacing_folder(output, overwrite=overwrite, fingerprint=run.fingerprint) as working:
@@ -161,6 +164,12 @@ def _choose_recipe(
     return choose_recipe(config, options.bits, group_size=options.group_size, head_bits=options.head_bits)
 
 
+def default_method(recipe: Recipe, config: ModelConfig) -> str:
+    """At 8 bits rounding to nearest loses half as much again as llama.cpp's Q8_0, a search of scales less than it."""
+    layers = [scheme for module, scheme in recipe.schemes(config).items() if module != HEAD]
+    return "mse" if layers and all(scheme.bits == 8 for scheme in layers) else "rtn"
+
+
 def _require_replaceable(output: Path, source: Path) -> None:
     """Raises UsageError where replacing `output` would take more with it than an older model."""
     if output.resolve() == source.resolve():
@@ -186,11 +195,12 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.source, self.reader, self.config, self.raw = source, reader, config, raw
-        self.options, self.recipe, self.calibration = options, recipe, calibration
+        assert options.method is not None  # chosen by now
+        self.options, self.method, self.recipe, self.calibration = options, options.method, recipe, calibration
         self.files = sorted({s.entry.file for s in reader.sources.values()})
         schemes = recipe.schemes(config)
         # What a calibrated method leaves to others (the head) gets the best that needs no calibration.
-        rounding = UNCALIBRATED[options.method if options.method in UNCALIBRATED else "mse"]
+        rounding = UNCALIBRATED[self.method if self.method in UNCALIBRATED else "mse"]
         self.job = Job(reader, config, schemes, rounding, progress)
         self.plain = Job(reader, config, schemes, UNCALIBRATED["rtn"], progress)
 
@@ -203,9 +213,10 @@ class _Run:
             "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files],
             "groups": self.recipe.config_groups(),
             "ignore": self.recipe.ignore,
-            "method": self.options.method,
+            "method": self.method,
             "device": self.options.device,
-            "threads": torch.get_num_threads() if self.options.method in CALIBRATED else 0,  # sums depend on it
+            "native": why_missing() is None,  # its search of scales may differ from torch's where two are alike
+            "threads": torch.get_num_threads() if self.method in CALIBRATED else 0,  # sums depend on it
             "calibration": None if self.calibration is None else self.calibration.as_json(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -217,7 +228,7 @@ class _Run:
             folder = folder.parent
         free = shutil.disk_usage(folder).free
         needed = max(0, self.job.total_bytes - resumable_bytes(output, self.fingerprint)) + DISK_MARGIN_BYTES
-        if self.options.method in CALIBRATED and self.calibration is not None:
+        if self.method in CALIBRATED and self.calibration is not None:
             # Two states of the streams, of three streams at most, while one replaces the other.
             needed += 2 * 3 * 4 * self.calibration.ids.numel() * self.config.hidden_size
         if free < needed:
@@ -241,7 +252,7 @@ class _Run:
 
     def _write_tensors(self, working: Path) -> QuantizeReport:
         journal = Journal(working, self.fingerprint)
-        method, notices = self.options.method, []
+        method, notices = self.method, []
         held_out = None
         if method in CALIBRATED:
             try:
@@ -281,12 +292,12 @@ class _Run:
             self.reader,
             self.config,
             self.recipe.schemes(self.config),
-            self.options.method,
+            self.method,
             self.calibration,
             TORCH_DTYPES[self.job.model_dtype],
             torch.device(self.options.device),
         )
-        tensors, layers = self.job.write(working, self._metadata(self.options.method), journal, layerwise)
+        tensors, layers = self.job.write(working, self._metadata(self.method), journal, layerwise)
         held_out = HeldOut(self.calibration.as_json(), tuple(layers), *layerwise.held_out_divergence())
         if held_out.kl_mean > held_out.kl_mean_rtn:
             raise _WorseThanRounding(held_out)

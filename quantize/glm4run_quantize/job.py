@@ -23,7 +23,7 @@ from glm4run.checkpoint.layouts import linear_shapes, parameter_shapes
 from glm4run.checkpoint.reader import TORCH_DTYPES, CheckpointReader
 from glm4run.config import ModelConfig
 from glm4run.errors import CheckpointError
-from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
+from glm4run.kernels.cpu.rounding import round_and_pack, search_and_pack, takes_rounding
 from glm4run.machine import default_threads
 from glm4run.qformat import PACKED, SCALE, SHAPE, num_groups, pack, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
@@ -31,7 +31,7 @@ from glm4run_quantize.importance import InputMoments, head_moments
 from glm4run_quantize.journal import Journal
 from glm4run_quantize.layerwise import LayerResult, Layerwise
 from glm4run_quantize.methods.hqq import quantize_hqq
-from glm4run_quantize.methods.mse import quantize_mse
+from glm4run_quantize.methods.mse import STEPS, quantize_mse
 from glm4run_quantize.methods.rtn import quantize_rtn
 from glm4run_quantize.recipes import HEAD
 from glm4run_quantize.report import LayerReport, TensorReport
@@ -42,6 +42,7 @@ Progress = Callable[[int, int], None]  # source bytes done, source bytes in all
 Rounding = Callable[[Tensor, QuantScheme, torch.dtype, Tensor | None], tuple[Tensor, Tensor]]
 
 UNCALIBRATED: dict[str, Rounding] = {"rtn": quantize_rtn, "mse": quantize_mse, "hqq": quantize_hqq}
+NATIVE = (quantize_rtn, quantize_mse)  # what the native library does as well
 BLOCK_BYTES = 1 << 20  # of source weights at once on a core; temporaries take some fifteen times as much
 COMMIT_BYTES = 64 << 20  # written bytes, or seconds, after which the journal is brought up to date
 COMMIT_SECONDS = 10.0
@@ -170,8 +171,12 @@ class Job:
         stored = self.reader.read_rows(name, first, last)
         nbytes = stored.numel() * stored.element_size()
         module = self._packed_module(name)
-        if module is not None and self.rounding is quantize_rtn and takes_rounding(stored, self.schemes[module]):
-            done = round_and_pack(stored, self.schemes[module])
+        if module is not None and self.rounding in NATIVE and takes_rounding(stored, self.schemes[module]):
+            scheme = self.schemes[module]
+            if self.rounding is quantize_rtn:
+                done = round_and_pack(stored, scheme)
+            else:
+                done = search_and_pack(stored, scheme, self._importance(module), STEPS[scheme.bits])
             if done is None:
                 raise self._damaged(name)
             return _Block(*done, nbytes)

@@ -231,16 +231,23 @@ class Layerwise:
     def _moments(
         self, stage: str, source: DecoderLayer, ours: DecoderLayer, *, with_cross: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Means over the calibration tokens of x x^T and, for `with_cross`, of x_source x^T: [K, K]."""
+        """Means over the calibration tokens of x x^T and, for `with_cross`, of x_source x^T: [K, K].
+
+        `awq` looks at nothing but the diagonal of the first, and gets it alone: [K].
+        """
         hessian: Tensor | None = None
         cross: Tensor | None = None
         count = 0
         for part in self._parts(self.fitted):
             theirs, mine = self._inputs(stage, source, ours, part)
             if hessian is None:
-                hessian = mine.new_zeros(mine.shape[1], mine.shape[1])
+                width = mine.shape[1]
+                hessian = mine.new_zeros((width,) if self.method == "awq" else (width, width))
                 cross = torch.zeros_like(hessian) if with_cross else None
-            hessian.addmm_(mine.t(), mine)
+            if hessian.ndim == 1:
+                hessian += mine.square().sum(0)
+            else:
+                hessian.addmm_(mine.t(), mine)
             if cross is not None:
                 cross.addmm_(theirs.t(), mine)
             count += mine.shape[0]
@@ -253,7 +260,7 @@ class Layerwise:
         """(q, scale) by the method, and by plain rounding."""
         plain = quantize_rtn(weight, scheme, self.scale_dtype)
         if self.method == "awq":
-            return quantize_mse(weight, scheme, self.scale_dtype, hessian.diagonal()), plain
+            return quantize_mse(weight, scheme, self.scale_dtype, hessian), plain
         assert cross is not None
         damped = gptq.prepare(hessian.clone())
         target = gptq.moved_target(weight, hessian, cross, damped)

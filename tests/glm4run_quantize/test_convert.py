@@ -89,7 +89,7 @@ RECIPES: list[dict[str, Any]] = [{}, {"bits": 8}, {"bits": 4, "group_size": 32},
 def test_every_tensor_is_as_the_format_says(
     tmp_path: Path, layout: Layout, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    folder = write_packed(tmp_path / "packed", layout, source={"dtype": dtype, "shards": 2}, **options)
+    folder = write_packed(tmp_path / "packed", layout, source={"dtype": dtype, "shards": 2}, method="rtn", **options)
     stored = load_file(folder / "model.safetensors")
     expected: set[str] = set()
     for name, weight in hf_weights(raw_config(layout), dtype=dtype).items():
@@ -252,6 +252,23 @@ def test_progress_ends_at_all_bytes(tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "packed", progress=lambda done, total: calls.append((done, total)))
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})
     assert calls[-1][0] == calls[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({}, "rtn"),
+        ({"bits": 8}, "mse"),
+        ({"bits": 8, "method": "rtn"}, "rtn"),
+        ({"recipe": "int8-g64"}, "mse"),
+        ({"recipe": "int4-g32"}, "rtn"),
+        ({"recipe": "int4-careful"}, "rtn"),
+    ],
+    ids=str,
+)
+def test_at_8_bits_scales_are_searched(tmp_path: Path, options: dict[str, Any], method: str) -> None:
+    quantize_checkpoint(write_checkpoint(tmp_path / "source"), tmp_path / "packed", **options)
+    assert json.loads((tmp_path / "packed" / "glm4run.json").read_text())["method"] == method
 
 
 def test_tied_head_stays_with_the_embedding(tmp_path: Path) -> None:

@@ -97,6 +97,20 @@ def test_importance_moves_the_error_to_where_it_does_not_matter() -> None:
     assert squared(weight, weighted) > squared(weight, plain)
 
 
+def test_at_8_bits_searching_takes_a_third_of_what_counts(weights: dict[str, Tensor]) -> None:
+    """With inputs of which some are much larger than others, as a model's are."""
+    scheme = QuantScheme(8, 64)
+    for name, weight in weights.items():
+        spread = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(3)).mul(1.5).exp()
+
+        def error(result: tuple[Tensor, Tensor], weight: Tensor = weight, spread: Tensor = spread) -> float:
+            return float(((weight - scale_groups(*result)).square() * spread).sum(dtype=torch.float64))
+
+        assert error(quantize_mse(weight, scheme, BF16, spread)) < 0.67 * error(quantize_rtn(weight, scheme, BF16)), (
+            name
+        )
+
+
 def test_hqq_lowers_its_own_norm(weights: dict[str, Tensor]) -> None:
     scheme = QuantScheme(4, 64)
 
@@ -182,9 +196,10 @@ def test_order_of_columns_is_undone() -> None:
     assert float((weight - scale_groups(ordered, scale)).abs().max()) < float(scale.abs().max())
 
 
-def test_moved_target_is_the_least_squares_solution() -> None:
+@pytest.mark.parametrize("rows", [5, 40])  # fewer rows than inputs, and more: solved from either side
+def test_moved_target_is_the_least_squares_solution(rows: int) -> None:
     generator = torch.Generator().manual_seed(6)
-    weight = torch.randn(5, 32, generator=generator)
+    weight = torch.randn(rows, 32, generator=generator)
     theirs = torch.randn(500, 32, generator=generator)
     mine = theirs + 0.3 * torch.randn(500, 32, generator=generator)
     moments = mine.t() @ mine / 500

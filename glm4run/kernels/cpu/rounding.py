@@ -1,8 +1,9 @@
-"""Rounding to nearest in the native library: a weight's rows straight to packed words and scales."""
+"""Rounding and the search of scales in the native library: a weight's rows straight to packed words and scales."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def takes_rounding(weight: Tensor, scheme: QuantScheme) -> bool:
         and scheme.symmetric
         and group is not None
         and group <= MAX_GROUP
-        and group % 8 == 0
+        and group % 16 == 0
         and weight.shape[1] % group == 0
     )
 
@@ -35,8 +36,7 @@ def round_and_pack(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor,
     """
     assert scheme.group_size is not None
     rows, columns = weight.shape
-    packed = torch.empty(rows, columns * scheme.bits // 32, dtype=torch.int32)
-    scale = torch.empty(rows, columns // scheme.group_size, dtype=weight.dtype)
+    packed, scale = _results(weight, scheme)
     sums = (ctypes.c_double * 2)()
     damaged = native().g4_round_pack(
         weight.data_ptr(),
@@ -51,3 +51,40 @@ def round_and_pack(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor,
     )
     assert damaged in (0, 1)
     return None if damaged else (packed, scale, sums[0], sums[1])
+
+
+def search_and_pack(
+    weight: Tensor, scheme: QuantScheme, importance: Tensor, candidates: Sequence[float]
+) -> tuple[Tensor, Tensor, float, float] | None:
+    """The same by the scale search of `mse`: importance [K], and the steps that a largest weight may land on."""
+    assert scheme.group_size is not None
+    rows, columns = weight.shape
+    packed, scale = _results(weight, scheme)
+    importance = importance.float().contiguous()
+    assert importance.shape == (columns,)
+    steps = (ctypes.c_float * len(candidates))(*candidates)
+    sums = (ctypes.c_double * 2)()
+    damaged = native().g4_search_pack(
+        weight.data_ptr(),
+        DTYPE_CODES[weight.dtype],
+        rows,
+        columns,
+        scheme.bits,
+        scheme.group_size,
+        importance.data_ptr(),
+        steps,
+        len(candidates),
+        scale.data_ptr(),
+        packed.data_ptr(),
+        sums,
+    )
+    assert damaged in (0, 1)
+    return None if damaged else (packed, scale, sums[0], sums[1])
+
+
+def _results(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Room for packed words and scales."""
+    assert scheme.group_size is not None
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns * scheme.bits // 32, dtype=torch.int32)
+    return packed, torch.empty(rows, columns // scheme.group_size, dtype=weight.dtype)

@@ -49,6 +49,8 @@ def moved_target(weight: Tensor, hessian: Tensor, cross: Tensor, damped: Tensor)
     as it is: only the difference of the two moments moves it.
     """
     factor = torch.linalg.cholesky(damped)
+    if weight.shape[0] < weight.shape[1]:  # fewer right-hand sides that way
+        return weight + torch.cholesky_solve((weight @ (cross - hessian)).t().contiguous(), factor).t()
     correction = torch.cholesky_solve((cross - hessian).t().contiguous(), factor).t()
     return weight + weight @ correction
 
@@ -187,9 +189,10 @@ def _refit_scales(weight: Tensor, hessian: Tensor, q: Tensor, scale: Tensor, sch
     target = in_groups(weight @ hessian, scheme)
     right = (values * target).sum(-1)  # [N, G]
     left = torch.empty(rows, groups, groups, device=weight.device)
-    for g in range(groups):
-        spread = values[:, g] @ hessian[g * size : (g + 1) * size]  # [N, K]
-        left[:, g] = (in_groups(spread, scheme) * values).sum(-1)
+    for g in range(groups):  # A is symmetric
+        spread = values[:, g] @ hessian[g * size : (g + 1) * size, g * size :]  # [N, K - g * size]
+        left[:, g, g:] = (spread.unflatten(-1, (-1, size)) * values[:, g:]).sum(-1)
+        left[:, g:, g] = left[:, g, g:]
     old = scale.float()
     diagonal = left.diagonal(dim1=-2, dim2=-1)
     ridge = SCALE_RIDGE * diagonal.mean(-1, keepdim=True) + 1e-30
