@@ -357,7 +357,7 @@ struct BlockScales {
 
     BlockScales(const CacheRows& cache, int64_t first, int64_t count)
         : groups(count > 0 ? cache.head_dim / cache.group : 0), group(cache.group), each(cache.bits == 4 ? 2 : 1), four(cache.bits == 4) {
-        to_float(cache.scales + first * cache.scale_bytes(), G4_FP16, count * groups * each, numbers);
+        if (count > 0) to_float(cache.scales + first * cache.scale_bytes(), G4_FP16, count * groups * each, numbers);
     }
     const float* at(int64_t row, int64_t g) const { return numbers + (row * groups + g) * each; }
 };
