@@ -20,20 +20,21 @@ from pathlib import Path
 import torch
 from fidelity import ROWS, Bench, dense, table
 
+from glm4run import load_model
+from glm4run.kernels.reference import ReferenceWeight
+from glm4run.layers import QuantizedLinear
+from glm4run.machine import commit, cpu_name
+from glm4run.qformat import scale_groups
+from glm4run.quant_config import QuantScheme
+from glm4run.tokenizer import load_tokenizer
+from glm4run_quantize.methods.mse import quantize_mse
+from glm4run_quantize.methods.rtn import quantize_rtn
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))  # before what lies there can be imported
 
 import demo_corpus  # noqa: E402
 import train_demo  # noqa: E402
-from glm4run import load_model  # noqa: E402
-from glm4run.kernels.reference import ReferenceWeight  # noqa: E402
-from glm4run.layers import QuantizedLinear  # noqa: E402
-from glm4run.machine import commit, cpu_name  # noqa: E402
-from glm4run.qformat import scale_groups  # noqa: E402
-from glm4run.quant_config import QuantScheme  # noqa: E402
-from glm4run.tokenizer import load_tokenizer  # noqa: E402
-from glm4run_quantize.methods.mse import quantize_mse  # noqa: E402
-from glm4run_quantize.methods.rtn import quantize_rtn  # noqa: E402
 
 DEMO = ROOT / "models" / "demo"
 WINDOWS, CALIBRATION_TOKENS = 32, 32768

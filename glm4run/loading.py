@@ -147,12 +147,13 @@ def load_weights(
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
         ops = choose_ops(backend)
-        maps = mmap and target.type == "cpu" and chosen is not None and chosen.name == "native"
+        can_map = target.type == "cpu" and chosen is not None and chosen.name == "native"
+        maps = mmap and can_map
         if mmap and not maps:
             notices.append("the weights are read into memory: only the native kernels use them from their files")
         run = planned_run(reader, config, specs, chosen, target, compute, held_bytes, ops, kv_format, mmap=maps)
         plan = choose_context(run, target, context_len)
-        moves = not maps and target.type == "cpu" and chosen is not None and chosen.name == "native" and _moves(run)
+        moves = can_map and not mmap and _moves(run)
         with torch.device("meta"):
             model = Glm4Model(config, dtype=compute, ops=ops)
         loader = TensorLoader(reader, model, target, compute, chosen, progress, mmap=maps or moves)

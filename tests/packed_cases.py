@@ -49,6 +49,16 @@ def case_of(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantSc
     return Case(PackedWeight(pack(q, scheme.bits), scale, packed_zero_point, N, K, scheme), dense)
 
 
+def weight_to_round(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Weights [N, K] as models have them, with what rounding may get wrong among them. K is 128 at least."""
+    weight = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator).exp()
+    weight[0, :40] = 0.0  # a group of nothing but zeros, at g32
+    weight[-1, -3] = 60.0  # an outlier
+    weight[0, 64:96] = torch.arange(32) - 15.5  # ties
+    weight[-1, :32] = 1e-7  # scales that fp16 rounds to 0
+    return weight.to(dtype)
+
+
 def inputs_with_outliers(M: int, K: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
     """Signed, with a few channels a hundred times as large as the rest, as language models have them."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from glm4run.qformat import pack, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.grid import round_to
 from glm4run_quantize.methods.mse import STEPS, error_weights, quantize_mse
+from tests.packed_cases import weight_to_round
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native library: {why_missing()}")
 
@@ -29,12 +30,7 @@ def weighted_errors(weight: Tensor, q: Tensor, scale: Tensor, importance: Tensor
 @pytest.mark.parametrize("shape", [(1, 128), (7, 384), (33, 1280)])
 def test_as_good_as_in_torch(shape: tuple[int, int], group_size: int, bits: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(shape[0] + group_size + bits)
-    weight = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator).exp()
-    weight[0, :40] = 0.0  # a group of nothing but zeros, at g32
-    weight[-1, -3] = 60.0  # an outlier
-    weight[0, 64:96] = torch.arange(32) - 15.5  # ties
-    weight[-1, :32] = 1e-7  # scales that fp16 rounds to 0
-    weight = weight.to(dtype)
+    weight = weight_to_round(shape, dtype, generator)
     importance = torch.rand(shape[1], generator=generator).square()
     importance[::50] = 0.0  # inputs that are always 0
     importance[3] = 100.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,57 +34,39 @@ def round_and_pack(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor,
     """weight [N, K] to (packed int32 [N, K*b/32], scale [N, G] in the weight's dtype, sum of squares of the weights,
     and of what rounding changes). None where a weight is NaN or infinite.
     """
-    assert scheme.group_size is not None
-    rows, columns = weight.shape
-    packed, scale = _results(weight, scheme)
-    sums = (ctypes.c_double * 2)()
-    damaged = native().g4_round_pack(
-        weight.data_ptr(),
-        DTYPE_CODES[weight.dtype],
-        rows,
-        columns,
-        scheme.bits,
-        scheme.group_size,
-        scale.data_ptr(),
-        packed.data_ptr(),
-        sums,
-    )
-    assert damaged in (0, 1)
-    return None if damaged else (packed, scale, sums[0], sums[1])
+    return _pack(native().g4_round_pack, weight, scheme)
 
 
 def search_and_pack(
     weight: Tensor, scheme: QuantScheme, importance: Tensor, candidates: Sequence[float]
 ) -> tuple[Tensor, Tensor, float, float] | None:
     """The same by the scale search of `mse`: importance [K], and the steps that a largest weight may land on."""
+    importance = importance.float().contiguous()
+    assert importance.shape == (weight.shape[1],)
+    steps = (ctypes.c_float * len(candidates))(*candidates)
+    return _pack(native().g4_search_pack, weight, scheme, importance.data_ptr(), steps, len(candidates))
+
+
+def _pack(
+    function: Callable[..., int], weight: Tensor, scheme: QuantScheme, *search: object
+) -> tuple[Tensor, Tensor, float, float] | None:
+    """Calls one of the two; `search` is what only the one that searches takes."""
     assert scheme.group_size is not None
     rows, columns = weight.shape
-    packed, scale = _results(weight, scheme)
-    importance = importance.float().contiguous()
-    assert importance.shape == (columns,)
-    steps = (ctypes.c_float * len(candidates))(*candidates)
+    packed = torch.empty(rows, columns * scheme.bits // 32, dtype=torch.int32)
+    scale = torch.empty(rows, columns // scheme.group_size, dtype=weight.dtype)
     sums = (ctypes.c_double * 2)()
-    damaged = native().g4_search_pack(
+    damaged = function(
         weight.data_ptr(),
         DTYPE_CODES[weight.dtype],
         rows,
         columns,
         scheme.bits,
         scheme.group_size,
-        importance.data_ptr(),
-        steps,
-        len(candidates),
+        *search,
         scale.data_ptr(),
         packed.data_ptr(),
         sums,
     )
     assert damaged in (0, 1)
     return None if damaged else (packed, scale, sums[0], sums[1])
-
-
-def _results(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Room for packed words and scales."""
-    assert scheme.group_size is not None
-    rows, columns = weight.shape
-    packed = torch.empty(rows, columns * scheme.bits // 32, dtype=torch.int32)
-    return packed, torch.empty(rows, columns // scheme.group_size, dtype=weight.dtype)

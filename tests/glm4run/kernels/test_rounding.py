@@ -10,6 +10,7 @@ from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
 from glm4run.qformat import pack, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.rtn import quantize_rtn
+from tests.packed_cases import weight_to_round
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native library: {why_missing()}")
 
@@ -20,12 +21,7 @@ pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native li
 @pytest.mark.parametrize("shape", [(1, 128), (7, 384), (33, 1280)])
 def test_same_bytes_as_in_torch(shape: tuple[int, int], group_size: int, bits: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(shape[0] + group_size + bits)
-    weight = torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator).exp()
-    weight[0, :40] = 0.0  # a group of nothing but zeros, at g32
-    weight[-1, -3] = 60.0  # an outlier
-    weight[0, 64:96] = torch.arange(32) - 15.5  # ties
-    weight[-1, :32] = 1e-7  # scales that fp16 rounds to 0
-    weight = weight.to(dtype)
+    weight = weight_to_round(shape, dtype, generator)
     scheme = QuantScheme(bits, group_size)
     assert takes_rounding(weight, scheme)
     result = round_and_pack(weight, scheme)

@@ -70,18 +70,8 @@ struct Isa {
 #endif
     }
 
-    // sum += u * the same four bytes in every lane. As text: from intrinsics GCC 12 makes copies and spills of the sums.
-    static inline void add_dot(Int& sum, Int u, const int8_t* x) {
-#if defined(__AVX512VNNI__)
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const Word*>(x)));
-#else
-        int32_t word;
-        __builtin_memcpy(&word, x, 4);
-        sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi32(word));
-#endif
-    }
-
-    // The same with x by way of a register: where words come from memory, this reads them a tenth faster.
+    // sum += u * the same four bytes in every lane, which go by way of a register: where words come from memory, this reads
+    // them a tenth faster.
     static inline void add_dot_apart(Int& sum, Int u, const int8_t* x) {
         int32_t word;
         __builtin_memcpy(&word, x, 4);
@@ -91,6 +81,14 @@ struct Isa {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(same));
 #else
         sum = _mm512_dpbusd_epi32(sum, u, same);
+#endif
+    }
+    // The same, and the product reads them itself. As text: from intrinsics GCC 12 makes copies and spills of the sums.
+    static inline void add_dot(Int& sum, Int u, const int8_t* x) {
+#if defined(__AVX512VNNI__)
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(*reinterpret_cast<const Word*>(x)));
+#else
+        add_dot_apart(sum, u, x);
 #endif
     }
 
