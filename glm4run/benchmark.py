@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ PREFETCH_DISTANCES = (0, 256, 512, 1024, 2048, 4096)  # bytes ahead
 READ_REPEATS = 3
 DENSE_PROBE_ROWS = 8192
 FILLED_AT_ONCE = 1024  # tokens of a cache
+STEADY = 0.9  # two readings of the bandwidth agree if their ratio is at least this
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def measure(
     """All prefills, then decoding, at every depth: medians of `repeat` runs.
 
     Each run stands between two readings of the bandwidth, with which it is compared: on a shared machine both change
-    from second to second.
+    from second to second. Runs within which the bandwidth changed say nothing about the share of it, and do not count
+    towards that unless all are such.
 
     Raises:
         UsageError: a test does not fit the model's context.
@@ -217,16 +220,23 @@ def measure(
         for name, tokens, run in tests:
             progress(f"{name} at depth {depth}")
             nbytes = bytes_per_token(model, depth, tokens if run is time_prefill else 1)
-            speeds, shares = [], []
-            reading = _reading(probe, bandwidth)
+            speeds = []
+            readings = [_reading(probe, bandwidth)]
             for _ in range(repeat):
-                tok_per_s = tokens / run(model, tokens, depth)
-                before, reading = reading, _reading(probe, bandwidth)
-                speeds.append(tok_per_s)
-                if before and reading:
-                    shares.append(tok_per_s * nbytes / 1e9 / statistics.mean((before, reading)))
-            share = statistics.median(shares) if shares else None
+                speeds.append(tokens / run(model, tokens, depth))
+                readings.append(_reading(probe, bandwidth))
+            share = _share([speed * nbytes / 1e9 for speed in speeds], readings)
             yield Row(name, depth, statistics.median(speeds), nbytes, model.backend_detail, share)
+
+
+def _share(reached: Sequence[float], readings: Sequence[float | None]) -> float | None:
+    """The median share of the bandwidth in GB/s that runs between these readings reached; None without readings."""
+    around = [(before, after) for before, after in itertools.pairwise(readings) if before and after]
+    if len(around) < len(reached):
+        return None
+    runs = list(zip(reached, around, strict=True))
+    steady = [run for run in runs if min(run[1]) >= STEADY * max(run[1])]
+    return statistics.median(gb_per_s / statistics.mean(pair) for gb_per_s, pair in steady or runs)
 
 
 def _reading(probe: ReadProbe | None, bandwidth: Bandwidth | None) -> float | None:

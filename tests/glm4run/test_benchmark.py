@@ -138,6 +138,23 @@ def test_a_packed_format_that_is_slower_than_bf16_is_said_aloud(
     assert "0.4" not in warned
 
 
+def test_runs_in_which_the_memory_changed_do_not_count(demo: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbytes = bytes_per_token(demo, 1)
+    speeds = iter([5.0, 4.0, 9.0, 8.0])  # in GB/s
+    monkeypatch.setattr(benchmark, "time_decode", lambda *_: nbytes / next(speeds) / 1e9)
+    readings = iter([10.0, 10.0, 9.5, 20.0, 19.0])  # between the second and the third run it doubles
+    probe = FixedProbe()
+    monkeypatch.setattr(probe, "gb_per_s", lambda *_: next(readings))
+    (row,) = measure(demo, prompts=(), generate=1, depths=(1,), repeat=4, probe=probe, bandwidth=Bandwidth(20.0, 2, 0))
+    assert row.fraction_of_bandwidth == pytest.approx(4.0 / 9.75)  # of 0.5, 0.41 and 0.41
+    assert row.gb_per_s == pytest.approx(6.5)
+
+    readings = iter([10.0, 20.0])
+    speeds = iter([6.0])
+    (row,) = measure(demo, prompts=(), generate=1, depths=(1,), repeat=1, probe=probe, bandwidth=Bandwidth(20.0, 2, 0))
+    assert row.fraction_of_bandwidth == pytest.approx(6.0 / 15.0)
+
+
 def test_the_plan_is_checked_at_the_depth_without_reading_memory(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

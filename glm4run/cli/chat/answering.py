@@ -104,7 +104,7 @@ def _stream(chat: Chat, start: Start) -> _Outcome | None:
     hold = CallHold(chat.tools)
     error: Glm4RunError | None = None
     try:
-        with token_progress("reading") as on_prefill, closing(start(outcome.timings, on_prefill)) as steps:  # type: ignore[type-var]
+        with token_progress("reading") as on_prefill, closing(start(outcome.timings, on_prefill)) as steps:  # type: ignore[type-var]  # a generator, which its type does not promise
             for step in steps:
                 if step.rollback is not None:
                     _say_rollback(view, thoughts, hold, step.rollback.why, step.rollback.tokens)

@@ -79,7 +79,7 @@ class NativeWeight:
             stored = G4Stored(rows=self.struct.values, row_bytes=self.struct.row_bytes)
             for first in range(0, count, step):
                 some = min(step, count - first)
-                library.g4_lay_out(reference, ctypes.byref(stored), first, some, panels + first * each)
+                library.g4_lay_out(reference, ctypes.byref(stored), first, some, panels)
                 yield
             library.g4_take_panels(reference, panels)
         finally:
@@ -250,7 +250,7 @@ def _activation_bits(spec: LinearSpec) -> int:
 
 
 def _struct(spec: LinearSpec, scale_code: int) -> G4Weight:
-    return G4Weight(
+    struct = G4Weight(
         side=None,
         values=None,
         row_bytes=0,
@@ -262,6 +262,8 @@ def _struct(spec: LinearSpec, scale_code: int) -> G4Weight:
         asymmetric=not spec.scheme.symmetric,
         activations=_activation_bits(spec),
     )
+    struct.together = native().g4_panels_together(ctypes.byref(struct))
+    return struct
 
 
 def _scale_bytes(spec: LinearSpec, stored_bytes: int) -> int:

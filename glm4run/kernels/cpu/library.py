@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 6  # GLM4RUN_ABI in src/abi.h
+ABI = 7  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -35,6 +35,7 @@ class G4Weight(Structure):
         ("scale_dtype", c_int32),
         ("asymmetric", c_int32),
         ("activations", c_int32),
+        ("together", c_int32),
         ("panels", c_void_p),
     )
 
@@ -114,6 +115,7 @@ _SIGNATURES = {
     "g4_free": (None, (c_void_p, c_int64)),
     "g4_read": (c_uint64, (c_void_p, c_int64, c_int64)),
     "g4_laid_out_bytes": (c_int64, (POINTER(G4Weight),)),
+    "g4_panels_together": (c_int32, (POINTER(G4Weight),)),
     "g4_lay_out": (c_int32, (POINTER(G4Weight), POINTER(G4Stored), c_int64, c_int64, c_void_p)),
     "g4_take_panels": (None, (POINTER(G4Weight), c_void_p)),
     "g4_idle_seconds": (c_double, ()),

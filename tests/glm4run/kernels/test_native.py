@@ -14,6 +14,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from glm4run.errors import CheckpointError
 from glm4run.kernels import Activations, FileRange, load_backend
 from glm4run.kernels.cpu import backend as native_backend
 from glm4run.kernels.cpu.backend import NativeBackend, NativeWeight
-from glm4run.kernels.cpu.library import native
+from glm4run.kernels.cpu.library import available_isas, native
 from glm4run.qformat import PackedWeight, num_groups, unpack, unpack_zero_points
 from glm4run.quant_config import QuantScheme
 from tests.native_library import ISAS, each_isa, needs_library, prepacked, product, running, same_bits, spec_for
@@ -569,13 +570,19 @@ def rows_of(case: Case) -> list[bytes]:
     return [bytes(row.numpy().tobytes()).ljust(padded, b"\0") for row in weight.packed]
 
 
-def laid_out(rows: list[bytes]) -> bytes:
-    """Panels of 16 rows, in words of 32 bits."""
+def laid_out(rows: list[bytes], together: int, group_bytes: int) -> bytes:
+    """Panels of 16 rows, in words of 32 bits: group by group of so many at a time, the last 8 each by itself."""
     width = len(rows[0])
     rows = [*rows, *[bytes(width)] * (-len(rows) % 16)]
-    panels = (rows[first : first + 16] for first in range(0, len(rows), 16))
-    words = (b"".join(row[at : at + 4] for at in range(0, width, 4) for row in panel) for panel in panels)
-    return b"".join(panel + bytes(-len(panel) % 64) for panel in words)
+    sixteens = (rows[first : first + 16] for first in range(0, len(rows), 16))
+    words = (b"".join(row[at : at + 4] for at in range(0, width, 4) for row in sixteen) for sixteen in sixteens)
+    panels = [panel + bytes(-len(panel) % 64) for panel in words]
+    interleaved = max(0, len(panels) - 8) // together * together if together > 1 else 0
+    sets = (panels[first : first + together] for first in range(0, interleaved, together))
+    pieces = (
+        panel[at : at + group_bytes] for one in sets for at in range(0, len(one[0]), group_bytes) for panel in one
+    )
+    return b"".join([*pieces, *panels[interleaved:]])
 
 
 def assert_lies_as_described(weight: NativeWeight, case: Case) -> None:
@@ -584,7 +591,9 @@ def assert_lies_as_described(weight: NativeWeight, case: Case) -> None:
     assert weight.struct.side % 64 == 0
     assert ctypes.string_at(weight.struct.side, len(side)) == side
     assert weight.struct.panels is not None or weight.struct.row_bytes == (len(rows[0]) if weight.is_mapped else 0)
-    values = b"".join(rows) if weight.is_mapped else laid_out(rows)
+    group = activation_group(case.weight.in_features, case.weight.scheme)
+    words = laid_out(rows, weight.struct.together, group * 16 * case.weight.scheme.bits // 8)
+    values = b"".join(rows) if weight.is_mapped else words
     place = weight.struct.panels or weight.struct.values
     assert ctypes.string_at(place, len(values)) == values
     assert weight.nbytes == len(side) + len(values)
@@ -623,6 +632,51 @@ def test_prepacking_with_threads_gives_the_same_bytes(threads: int) -> None:
     case = make_case(1000, 64, QuantScheme(4, 32, symmetric=False), torch.bfloat16)
     native().g4_set_threads(threads)
     assert_lies_as_described(prepacked(case, "int8"), case)
+
+
+@pytest.mark.parametrize("together", [2, 3, 4, 5])
+@pytest.mark.parametrize(("K", "group_size"), [(96, 32), (128, 64), (256, 128), (90, None)])
+@each_isa
+def test_panels_that_lie_together(isa: str, K: int, group_size: int | None, together: int) -> None:
+    """Any number of them, on any instruction set; decoding in pieces of sets, of parts of sets and behind them."""
+    case = make_case(16 * 14 + 3, K, QuantScheme(4, group_size, symmetric=together % 2 == 0), torch.bfloat16)
+    for activations in EVERY:
+        x, expected = prepare(inputs_with_outliers(20, K, torch.float32), case, activations)
+        with lying_together(together):
+            weight = prepacked(case, activations)
+        assert weight.struct.together == together
+        assert_lies_as_described(weight, case)
+        apart = prepacked(case, activations)
+        assert apart.struct.together == 1
+        with running(isa):
+            for M in (1, 3, 8, 20):
+                for threads in (1, 3):
+                    native().g4_set_threads(threads)
+                    got = product(x[:M], weight)
+                    assert_close(got, expected[:M], f"{activations} M={M}")
+                    assert torch.equal(got, product(x[:M], apart))
+
+
+@contextmanager
+def lying_together(together: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native(), "g4_panels_together", lambda _: together)
+        yield
+
+
+def test_long_rows_of_int4_lie_together_where_that_is_faster() -> None:
+    scheme = QuantScheme(4, 32, symmetric=True)
+    with running("scalar"):
+        assert prepacked(make_case(208, 8192, scheme, torch.bfloat16), "int8").struct.together == 1
+    if available_isas().get("avx512-vnni"):
+        with running("avx512-vnni"):
+            long, wide = (make_case(208, K, scheme, torch.bfloat16) for K in (8192, 4096))
+            weight = prepacked(long, "int8")
+            assert weight.struct.together == 4
+            assert_lies_as_described(weight, long)
+            x, expected = prepare(inputs_with_outliers(2, 8192, torch.float32), long, "int8")
+            assert_close(product(x, weight), expected)
+            assert prepacked(wide, "int8").struct.together == 1
 
 
 def test_prepacking_keeps_nothing_of_the_weight() -> None:

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 6
+#define GLM4RUN_ABI 7
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
@@ -26,6 +26,7 @@ struct G4Weight {
     int32_t scale_dtype; // G4Dtype
     int32_t asymmetric;  // 1: a zero point per scale
     int32_t activations; // bits that activations are quantized to on the fly: 8 or 16; 0: they stay floats
+    int32_t together;    // how many panels lie interleaved where they are laid out (g4_panels_together); 1: each by itself
     const uint8_t* panels; // the same values laid out, where that came later (g4_take_panels), or null; read before `values`
 };
 

@@ -75,12 +75,14 @@ struct GemmBlock {
 struct PanelPlace {
     const uint8_t* side;
     const uint8_t* values;
+    int64_t group_step; // of values that are laid out: from one group's words to the next one's
 };
 
 // The same with values that are laid out.
 struct PanelWords {
     const uint8_t* side;
     const uint8_t* words;
+    int64_t group_step;
 };
 
 struct Kernels {
@@ -88,10 +90,12 @@ struct Kernels {
     int32_t q8_offset; // what int8 values lie above the true ones in a product with int8 activations
     // Rows first..last of x into `out`; `x` has `out.columns` columns.
     void (*quantize)(const Rows& x, int64_t first, int64_t last, const QuantizedRows& out);
-    // For few tokens: `count` panels one after the other, of which all have 16 rows; out float [count][M][16].
+    int32_t panels_together; // how many long panels of int4 decoding likes to meet at once (G4Weight::together)
+    // For few tokens: `count` panels one after the other, of which all have 16 rows; out float [count][M][16]. Interleaved
+    // ones: as many whole sets as `count` says, or one panel.
     void (*decode_panels)(const G4Weight& w, PanelPlace first, int64_t count, const QuantizedRows& x, float* out);
-    // 16 rows, `row_bytes` apart, into a panel of words_bytes, 64-byte aligned.
-    void (*lay_out)(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, uint8_t* out);
+    // 16 rows, `row_bytes` apart, into a panel of words_bytes, 64-byte aligned, the words of groups `group_step` apart.
+    void (*lay_out)(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, uint8_t* out, int64_t group_step);
     // For many: adds a block of the product with one panel to out float [M][16].
     void (*gemm_panel)(const G4Weight& w, PanelWords panel, const QuantizedRows& x, const GemmBlock& block, float* out);
     // Exact activations: out float [M][16].

@@ -233,48 +233,70 @@ struct Cursor {
 // second-level cache meanwhile (into the first would wait for its few buffers).
 struct RowStream {
     static constexpr int FETCH_FROM = 1; // the memory's own prefetchers do not follow 16 rows
-    static constexpr int PANELS = 1;
     const uint8_t* at;
     int64_t row_bytes;
+    const uint8_t* next; // panel
 
-    RowStream(const G4Weight& w, const uint8_t* values) : at(values), row_bytes(w.row_bytes) {}
+    RowStream(const G4Weight& w, const PanelPlace& place)
+        : at(place.values), row_bytes(w.row_bytes), next(at + LANES * row_bytes) {}
     RowWords words(int64_t offset) const { return {at + offset, row_bytes}; }
-    void move(int64_t bytes) { at += bytes; }
+    void next_group(int64_t bytes) {
+        at += bytes;
+        next += LANES * bytes;
+    }
 };
 
 // One forward stream, that the memory's own prefetchers follow: software prefetch slows it. Only where arithmetic is the
-// bound the prefetchers fall behind. PANELS: how many long panels of int4 are read side by side.
+// bound the prefetchers fall behind.
 struct LaidOutStream {
     static constexpr int FETCH_FROM = 4;
-    static constexpr int PANELS = Isa::DECODE_PANELS;
     const uint8_t* at;
+    const uint8_t* next; // panel
 
-    LaidOutStream(const G4Weight&, const uint8_t* values) : at(values) {}
+    LaidOutStream(const G4Weight& w, const PanelPlace& place) : at(place.values), next(at + panel_stride(w)) {}
     LaidOut words(int64_t offset) const { return {at + offset}; }
-    void move(int64_t bytes) { at += LANES * bytes; }
+    void next_group(int64_t bytes) {
+        at += LANES * bytes;
+        next += LANES * bytes;
+    }
 };
 
-// T tokens' products with P neighbouring panels. `each` groups of activations meet one scale.
+// The same of panels that lie together.
+struct InterleavedStream {
+    static constexpr int FETCH_FROM = LaidOutStream::FETCH_FROM;
+    const uint8_t* at;
+    int64_t step;
+    const uint8_t* next;
+
+    InterleavedStream(const G4Weight& w, const PanelPlace& place)
+        : at(place.values), step(place.group_step), next(at + group_words_bytes(w)) {}
+    LaidOut words(int64_t offset) const { return {at + offset}; }
+    void next_group(int64_t) {
+        at += step;
+        next += step;
+    }
+};
+
+// T tokens' products with a panel, or with P interleaved ones. `each` groups of activations meet one scale.
 template <typename STREAM, Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
-G4_NOINLINE void decode_tokens(const Panel& p, const G4Weight& weight, const uint8_t* values, const QuantizedRows& x,
+G4_NOINLINE void decode_tokens(const Panel& p, const G4Weight& weight, const PanelPlace& place, const QuantizedRows& x,
                                int64_t token, float* out) {
     constexpr int64_t ROW_BYTES = GROUP * (FORM == INT4_INT8 ? 4 : 8) / 8;
-    const int64_t each = x.groups() / p.scale_groups, stride = panel_stride(weight), side = side_bytes(weight);
+    const int64_t each = x.groups() / p.scale_groups, side = side_bytes(weight);
     Cursor<FORM, GROUP> at(x, 0, token);
     Float totals[P][T];
     for (int i = 0; i < P; i++)
         for (int t = 0; t < T; t++) totals[i][t] = Isa::zero();
-    STREAM stream(weight, values);
-    const uint8_t* next = values + stride;
+    STREAM stream(weight, place);
     const uint8_t* scales = p.scales;
     const uint8_t* zero_points = p.zero_points;
     const int64_t scale_bytes = p.scale_bytes;
     const int32_t dtype = p.dtype;
     const Int zero_offset = Isa::int_set1(p.half - p.offset);
     int64_t left = each;
-    for (int64_t groups = p.scale_groups * each; groups > 0; groups--, stream.move(ROW_BYTES), at.next_group()) {
+    for (int64_t groups = p.scale_groups * each; groups > 0; groups--, stream.next_group(ROW_BYTES), at.next_group()) {
         if (Isa::PREFETCH && P == 1 && T >= STREAM::FETCH_FROM && token == 0)
-            for (int64_t ahead = 0; ahead < ROW_BYTES * LANES; ahead += 64, next += 64) Isa::prefetch_further(next);
+            for (int64_t ahead = 0; ahead < ROW_BYTES * LANES; ahead += 64) Isa::prefetch_further(stream.next + ahead);
 #pragma GCC unroll 4
         for (int i = 0; i < P; i++) {
             Int sums[T];
@@ -283,7 +305,7 @@ G4_NOINLINE void decode_tokens(const Panel& p, const G4Weight& weight, const uin
                 if constexpr (!SYMMETRIC)
                     sums[t] = Isa::int_mul(Isa::int_sub(Isa::load_bytes(zero_points + i * side), zero_offset), sums[t]);
             }
-            dot<FORM, GROUP, T>(stream.words(i * stride), at.q, sums);
+            dot<FORM, GROUP, T>(stream.words(i * ROW_BYTES * LANES), at.q, sums);
             const Float scale = Isa::load_scales(scales + i * side, dtype);
             for (int t = 0; t < T; t++)
                 totals[i][t] = Isa::fma(Isa::mul(scale, Isa::set1(at.scale[t])), Isa::to_float(sums[t]), totals[i][t]);
@@ -297,50 +319,64 @@ G4_NOINLINE void decode_tokens(const Panel& p, const G4Weight& weight, const uin
         for (int t = 0; t < T; t++) Isa::store(out + (i * x.tokens + t) * LANES, totals[i][t]);
 }
 
-// `tokens` from `token` on with P panels: T at a time, and what is left in fewer. Many tokens' sums leave registers for
-// one panel only.
+// All tokens from `token` on, T at a time and what is left in fewer, with P interleaved panels. Many tokens' sums leave
+// registers for one panel only.
 template <typename STREAM, Form FORM, int GROUP, int T, int P, bool SYMMETRIC>
-inline void decode_some(const G4Weight& w, PanelPlace place, int32_t offset, const QuantizedRows& x, int64_t token,
+inline void decode_some(const G4Weight& w, const PanelPlace& place, int32_t offset, const QuantizedRows& x, int64_t token,
                         float* out) {
     constexpr int WIDE = T > 4 ? 1 : P;
     for (; token + T <= x.tokens; token += T)
-        for (int i = 0; i < P; i += WIDE)
-            decode_tokens<STREAM, FORM, GROUP, T, WIDE, SYMMETRIC>(
-                Panel(w, place.side + i * side_bytes(w), offset), w, place.values + i * panel_stride(w), x, token,
-                out + (i * x.tokens + token) * LANES);
+        for (int i = 0; i < P; i += WIDE) {
+            const PanelPlace one{place.side + i * side_bytes(w), place.values + i * group_words_bytes(w), place.group_step};
+            decode_tokens<STREAM, FORM, GROUP, T, WIDE, SYMMETRIC>(Panel(w, one.side, offset), w, one, x, token,
+                                                                   out + (i * x.tokens + token) * LANES);
+        }
     if constexpr (T > 1) decode_some<STREAM, FORM, GROUP, T / 2, P, SYMMETRIC>(w, place, offset, x, token, out);
 }
 
-// P panels at a time while there are as many.
 template <typename STREAM, Form FORM, int GROUP, int P>
-inline void decode_run(const G4Weight& w, PanelPlace& place, int64_t& count, int32_t offset, const QuantizedRows& x,
-                       float*& out) {
-    for (; count >= P; count -= P, out += P * x.tokens * LANES) {
-        w.asymmetric ? decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, false>(w, place, offset, x, 0, out)
-                     : decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, true>(w, place, offset, x, 0, out);
-        place.side += P * side_bytes(w);
-        place.values += P * panel_stride(w);
-    }
+inline void decode_set(const G4Weight& w, const PanelPlace& place, int32_t offset, const QuantizedRows& x, float* out) {
+    w.asymmetric ? decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, false>(w, place, offset, x, 0, out)
+                 : decode_some<STREAM, FORM, GROUP, Isa::DECODE_TOKENS, P, true>(w, place, offset, x, 0, out);
 }
 
-// Long panels of int4 are read side by side, for the activations that they meet then come from the second-level cache
-// once for all. Of shorter panels that makes several short streams, where a long one reads faster (benchmarks/kernels.py).
-constexpr int64_t LONG_PANEL_BYTES = 64 << 10;
-
 template <typename STREAM, Form FORM, int GROUP>
-void decode_stream(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x, float* out) {
-    if constexpr (STREAM::PANELS > 1 && FORM == INT4_INT8) {
-        if (panel_stride(w) >= LONG_PANEL_BYTES)
-            decode_run<STREAM, FORM, GROUP, STREAM::PANELS>(w, place, count, offset, x, out);
+void decode_run(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x, float* out) {
+    const int64_t side = side_bytes(w), stride = panel_stride(w);
+    for (; count > 0; count--, place.side += side, place.values += stride, out += x.tokens * LANES)
+        decode_set<STREAM, FORM, GROUP, 1>(w, place, offset, x, out);
+}
+
+// One panel of a set, or whole sets.
+template <Form FORM, int GROUP>
+void decode_interleaved(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x,
+                        float* out) {
+    constexpr int P = FORM == INT4_INT8 ? Isa::DECODE_PANELS : 1;
+    const int64_t together = count < w.together ? 1 : w.together, each = x.tokens * LANES;
+    const int64_t side = side_bytes(w), stride = panel_stride(w);
+    for (; count > 0; count -= together, place.values += together * stride) {
+        PanelPlace at = place;
+        if (together == P) {
+            decode_set<InterleavedStream, FORM, GROUP, P>(w, at, offset, x, out);
+        } else {
+            for (int64_t i = 0; i < together; i++, at.side += side, at.values += group_words_bytes(w))
+                decode_set<InterleavedStream, FORM, GROUP, 1>(w, at, offset, x, out + i * each);
+        }
+        place.side += together * side;
+        out += together * each;
     }
-    decode_run<STREAM, FORM, GROUP, 1>(w, place, count, offset, x, out);
 }
 
 template <Form FORM, int GROUP>
-void decode_panels_form(const G4Weight& w, PanelPlace place, int64_t count, int32_t offset, const QuantizedRows& x,
+void decode_panels_form(const G4Weight& w, const PanelPlace& place, int64_t count, int32_t offset, const QuantizedRows& x,
                         float* out) {
-    is_laid_out(w) ? decode_stream<LaidOutStream, FORM, GROUP>(w, place, count, offset, x, out)
-                   : decode_stream<RowStream, FORM, GROUP>(w, place, count, offset, x, out);
+    if (!is_laid_out(w)) {
+        decode_run<RowStream, FORM, GROUP>(w, place, count, offset, x, out);
+    } else if (place.group_step == group_words_bytes(w)) {
+        decode_run<LaidOutStream, FORM, GROUP>(w, place, count, offset, x, out);
+    } else {
+        decode_interleaved<FORM, GROUP>(w, place, count, offset, x, out);
+    }
 }
 
 // What the values lie above the true ones where they meet 8 or 16 bits of activations.
@@ -348,9 +384,10 @@ inline int32_t value_offset(const G4Weight& w, int32_t x_bits) {
     return w.bits == 4 ? 8 : x_bits == 8 ? Isa::Q8_OFFSET : 128;
 }
 
-void lay_out(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, uint8_t* out) {
-    const int64_t fours = padded_row_bytes(w) / 16;
-    for (int64_t i = 0; i < fours; i++, out += 256) {
+void lay_out(const G4Weight& w, const uint8_t* rows, int64_t row_bytes, uint8_t* group, int64_t group_step) {
+    const int64_t fours = padded_row_bytes(w) / 16, of_group = group_words_bytes(w) / 256;
+    for (int64_t i = 0; i < fours; i++, group += i % of_group == 0 ? group_step : 0) {
+        uint8_t* out = group + i % of_group * 256;
         Int words[4];
         Isa::four_words(RowWords{rows, row_bytes}, i, words);
         for (int j = 0; j < 4; j++) Isa::int_store(reinterpret_cast<int32_t*>(out + 64 * j), words[j]);
@@ -385,16 +422,15 @@ inline void gemm_tiles(const GroupScale& scale, const uint8_t* w, const Cursor<F
 
 // A group of the weight is unpacked once and met by all of the block's tokens.
 template <Form FORM, int GROUP, bool UNPACK>
-void gemm_panel_form(const Panel& p, const uint8_t* words, const QuantizedRows& x, const GemmBlock& block, float* out) {
+void gemm_panel_form(const Panel& p, const PanelWords& panel, const QuantizedRows& x, const GemmBlock& block, float* out) {
     constexpr int T = FORM == INT8_INT16 ? Isa::GEMM_TOKENS_X16 : Isa::GEMM_TOKENS;
-    constexpr int BITS = UNPACK ? 4 : 8;
     alignas(64) uint8_t unpacked[GROUP * LANES];
-    const int64_t bytes = GROUP * LANES * BITS / 8, each = x.groups() / p.scale_groups;
+    const int64_t each = x.groups() / p.scale_groups;
     Cursor<FORM, GROUP> at(x, block.first_group, block.first_token);
     float* first = out + block.first_token * LANES;
     for (int64_t g = block.first_group; g < block.last_group; g++, at.next_group()) {
         const GroupScale scale(p, g / each);
-        const uint8_t* w = words + g * bytes;
+        const uint8_t* w = panel.words + g * panel.group_step;
         if constexpr (UNPACK) {
             Isa::unpack_q4(w, unpacked, GROUP);
             w = unpacked;
@@ -407,13 +443,13 @@ template <int GROUP>
 void gemm_panel_group(const G4Weight& w, PanelWords at, const QuantizedRows& x, const GemmBlock& block, float* out) {
     const Panel p(w, at.side, value_offset(w, x.bits));
     if (w.bits == 4 && x.bits == 8) {
-        gemm_panel_form<INT4_INT8, GROUP, true>(p, at.words, x, block, out);
+        gemm_panel_form<INT4_INT8, GROUP, true>(p, at, x, block, out);
     } else if (w.bits == 4) {
-        gemm_panel_form<INT8_INT16, GROUP, true>(p, at.words, x, block, out);
+        gemm_panel_form<INT8_INT16, GROUP, true>(p, at, x, block, out);
     } else if (x.bits == 8) {
-        gemm_panel_form<INT8_INT8, GROUP, false>(p, at.words, x, block, out);
+        gemm_panel_form<INT8_INT8, GROUP, false>(p, at, x, block, out);
     } else {
-        gemm_panel_form<INT8_INT16, GROUP, false>(p, at.words, x, block, out);
+        gemm_panel_form<INT8_INT16, GROUP, false>(p, at, x, block, out);
     }
 }
 
@@ -422,7 +458,7 @@ void gemm_panel(const G4Weight& w, PanelWords panel, const QuantizedRows& x, con
 }
 
 template <int GROUP>
-void decode_panels_group(const G4Weight& w, PanelPlace first, int64_t count, const QuantizedRows& x, float* out) {
+void decode_panels_group(const G4Weight& w, const PanelPlace& first, int64_t count, const QuantizedRows& x, float* out) {
     const int32_t offset = value_offset(w, x.bits);
     if (w.bits == 4) {
         decode_panels_form<INT4_INT8, GROUP>(w, first, count, offset, x, out);
@@ -460,10 +496,9 @@ inline void exact_tile(const float* w, const FloatRows& x, int64_t token, int64_
     }
 }
 
-void dequantize_columns(const G4Weight& w, const uint8_t* words, const GroupScale& scale, int64_t column, int64_t count,
-                        float* out) {
+// `count` columns, whose words begin at `block`.
+void dequantize_columns(const G4Weight& w, const uint8_t* block, const GroupScale& scale, int64_t count, float* out) {
     const bool four = w.bits == 4;
-    const uint8_t* block = words + column * LANES * w.bits / 8;
     const Float zero = Isa::mul(Isa::to_float(scale.zero_point), Isa::set1(-1.0f));
     const int64_t step = four ? 8 : 4;
     for (int64_t k = 0; k < count; k += step, block += 64) {
@@ -485,7 +520,7 @@ void exact_panel(const G4Weight& w, PanelWords panel, const FloatRows& x, float*
         for (int64_t s = 0, column = 0; s < p.scale_groups; s++) {
             const GroupScale scale(p, s);
             for (int64_t i = 0; i < each; i++, column += group) {
-                dequantize_columns(w, panel.words, scale, column, group, dense);
+                dequantize_columns(w, panel.words + column / group * panel.group_step, scale, group, dense);
                 int64_t t = block;
                 for (; t + T <= end; t += T) exact_tile<T>(dense, x, t, column, group, scale.scale, out);
                 for (; t < end; t++) exact_tile<1>(dense, x, t, column, group, scale.scale, out);
@@ -577,6 +612,6 @@ uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
 #include "attention_generic.h"
 
 #define G4_KERNELS(symbol, name)                                                                                       \
-    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, decode_panels, lay_out, gemm_panel, exact_panel, write_panel, to_float, \
+    extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, Isa::DECODE_PANELS, decode_panels, lay_out, gemm_panel, exact_panel, write_panel, to_float, \
                                    from_float, turn, quantize_row, rms_norm, silu_mul,     attend,     combine,        prepare, prepared_floats, \
                                    attend_scratch, read_all};

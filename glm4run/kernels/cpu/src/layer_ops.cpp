@@ -248,6 +248,13 @@ void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     }
 }
 
+// Where no token has more than one stretch: all of it at once.
+void whole_piece(const void* context, int64_t index, Ticket& ticket) {
+    prepare_piece(context, index, ticket);
+    attend_piece(context, index, ticket);
+    combine_piece(context, index, ticket);
+}
+
 struct AppendContext {
     const Kernels* kernels;
     G4Cache cache;
@@ -370,6 +377,10 @@ void attention(const void* query, int64_t query_token, int64_t query_head, int32
     c.upcoming = upcoming;
     if (tokens > FEW_TOKENS) {
         pool_run({attend_many_piece, pieces_of(tokens, PREFILL_TOKENS) * kv_heads * c.lane_groups, true}, &c, sizeof c);
+        return;
+    }
+    if (c.stretches == 1) {
+        pool_run({whole_piece, c.parts(), false}, &c, sizeof c);
         return;
     }
     pool_run({prepare_piece, c.parts(), false}, &c, sizeof c);

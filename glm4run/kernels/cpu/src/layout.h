@@ -5,6 +5,10 @@
 // is behind the last one meets activations of zero), or laid out once in panels of 16 rows, so that decoding is one
 // forward stream per thread: words [K * bits / 32][16], K padded to a multiple of 32, each panel to 64 bytes.
 //
+// Where rows are long, `together` panels lie interleaved: the words of the first group of activations of each, then those
+// of the second, and so on. So they are still one stream, and the activations, too many for the first-level cache beside
+// it, are fetched once for all of them. The last panels lie by themselves, so that the threads can end together.
+//
 // Scales are always laid out, in panels of 16 rows, `side_bytes` each:
 //
 //   scales       [Gw][16]  bf16, fp16 or fp32    Gw groups of the weight (1 where there is one scale per row)
@@ -38,7 +42,7 @@ inline bool is_laid_out(const G4Weight& w) { return w.row_bytes == 0; }
 inline int64_t padded_row_bytes(const G4Weight& w) { return padded_columns(w.columns) * w.bits / 8; }
 
 inline int64_t words_bytes(const G4Weight& w) { return round_up(PANEL_ROWS * padded_row_bytes(w), 64); } // of a panel
-// From one panel's values to the next one's.
+// From one panel's values to the next one's, by itself.
 inline int64_t panel_stride(const G4Weight& w) { return is_laid_out(w) ? words_bytes(w) : PANEL_ROWS * w.row_bytes; }
 
 // Activations are quantized in groups of 64 columns, or 32 where a group of the weight is an odd multiple of 32:
@@ -46,4 +50,24 @@ inline int64_t panel_stride(const G4Weight& w) { return is_laid_out(w) ? words_b
 inline int64_t activation_group(const G4Weight& w) {
     const int64_t span = w.group == 0 ? padded_columns(w.columns) : w.group;
     return span % 64 == 0 ? 64 : 32;
+}
+
+constexpr int64_t TOGETHER_PANEL_BYTES = 64 << 10; // what makes a panel long
+constexpr int64_t LOOSE_PANELS = 8;
+
+// Of one panel and one group of activations.
+inline int64_t group_words_bytes(const G4Weight& w) { return PANEL_ROWS * activation_group(w) * w.bits / 8; }
+// So many panels, the first ones, are interleaved.
+inline int64_t interleaved_panels(const G4Weight& w) {
+    const int64_t rest = panel_count(w) - LOOSE_PANELS;
+    return w.together < 2 || rest < w.together ? 0 : rest / w.together * w.together;
+}
+// Where the words of a panel begin that is laid out, and how far one group's are from the next one's.
+inline int64_t laid_out_at(const G4Weight& w, int64_t panel) {
+    if (panel >= interleaved_panels(w)) return panel * words_bytes(w);
+    const int64_t at = panel % w.together;
+    return (panel - at) * words_bytes(w) + at * group_words_bytes(w);
+}
+inline int64_t group_step(const G4Weight& w, int64_t panel) {
+    return group_words_bytes(w) * (panel < interleaved_panels(w) ? w.together : 1);
 }

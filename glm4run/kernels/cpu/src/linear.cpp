@@ -65,7 +65,7 @@ G4Weight weight_now(const G4Weight& w) {
     const uint8_t* panels = __atomic_load_n(&w.panels, __ATOMIC_ACQUIRE);
     const uint8_t* values = panels == nullptr ? w.values : panels;
     return {w.side,  values,        panels == nullptr ? w.row_bytes : 0, w.rows, w.columns, w.bits,
-            w.group, w.scale_dtype, w.asymmetric,                        w.activations,     nullptr};
+            w.group, w.scale_dtype, w.asymmetric,                        w.activations,     w.together, nullptr};
 }
 
 std::atomic<int64_t> last_product{0}; // when one began, in nanoseconds of the steady clock
@@ -119,7 +119,8 @@ Panel panel_at(const LinearContext& c, int64_t panel) {
     const Output& out = c.outputs[at];
     const G4Weight& w = out.weight;
     const int64_t index = panel - out.first_panel;
-    return {&out, index, {w.side + index * side_bytes(w), w.values + index * panel_stride(w)}};
+    const int64_t place = is_laid_out(w) ? laid_out_at(w, index) : index * panel_stride(w);
+    return {&out, index, {w.side + index * side_bytes(w), w.values + place, group_step(w, index)}};
 }
 
 // What decoding reads of a panel.
@@ -143,9 +144,18 @@ const uint8_t* sixteen_rows(const G4Weight& w, const uint8_t* rows, int64_t row_
 
 PanelWords words_of(const LinearContext& c, const Panel& panel, uint8_t* words, uint8_t* copy) {
     const G4Weight& w = panel.output->weight;
-    if (is_laid_out(w)) return {panel.place.side, panel.place.values};
-    c.kernels->lay_out(w, sixteen_rows(w, panel.place.values, w.row_bytes, panel.rows(), copy), w.row_bytes, words);
-    return {panel.place.side, words};
+    if (is_laid_out(w)) return {panel.place.side, panel.place.values, panel.place.group_step};
+    const uint8_t* rows = sixteen_rows(w, panel.place.values, w.row_bytes, panel.rows(), copy);
+    c.kernels->lay_out(w, rows, w.row_bytes, words, group_words_bytes(w));
+    return {panel.place.side, words, group_words_bytes(w)};
+}
+
+// How many panels from `index` on, of `most`, lie alike: whole sets of interleaved ones, or one after the other.
+int64_t alike(const G4Weight& w, int64_t index, int64_t most) {
+    const int64_t interleaved = is_laid_out(w) ? interleaved_panels(w) : 0;
+    if (index >= interleaved) return most;
+    const int64_t until = interleaved - index < most ? interleaved - index : most;
+    return index % w.together != 0 || until < w.together ? 1 : until / w.together * w.together;
 }
 
 // Panels first..last as they are, for few tokens.
@@ -154,7 +164,7 @@ void decode_panels(const LinearContext& c, int64_t first, int64_t last, const Pi
         Panel at = panel_at(c, panel);
         const G4Weight& w = at.output->weight;
         const int64_t whole = (is_laid_out(w) ? panel_count(w) : w.rows / PANEL_ROWS) - at.index;
-        const int64_t count = whole < 1 ? 1 : whole < last - panel ? whole : last - panel;
+        const int64_t count = whole < 1 ? 1 : alike(w, at.index, whole < last - panel ? whole : last - panel);
         if (whole < 1) at.place.values = sixteen_rows(w, at.place.values, w.row_bytes, at.rows(), memory.rows);
         c.kernels->decode_panels(w, at.place, count, c.quantized, memory.sums + (panel - first) * c.tokens * PANEL_ROWS);
         panel += count;
@@ -234,13 +244,15 @@ void linear_piece(const void* context, int64_t index, Ticket& ticket) {
 
 Pieces equal_pieces(int64_t panels, int64_t size) { return {{0, 0, size}, {0, 0, (panels + size - 1) / size}}; }
 
-Pieces stream_pieces(int64_t panels, int64_t bytes_of_one) {
+// `together`: longer pieces are so many panels, or some times as many.
+Pieces stream_pieces(int64_t panels, int64_t bytes_of_one, int64_t together) {
     const int64_t threads = pool_threads(), fine = panels / (4 * threads); // small products are shared out finely
     int64_t shortest = DECODE_PIECE_BYTES[SIZES - 1] / bytes_of_one;
     if (shortest > fine) shortest = fine;
     Pieces pieces{};
     for (int i = 0; i + 1 < SIZES; i++) {
-        const int64_t size = DECODE_PIECE_BYTES[i] / bytes_of_one, rest = panels - threads * size;
+        const int64_t fitting = DECODE_PIECE_BYTES[i] / bytes_of_one;
+        const int64_t size = fitting < together ? fitting : fitting / together * together, rest = panels - threads * size;
         if (size <= shortest || rest < size) continue;
         pieces.size[i] = size;
         pieces.count[i] = rest / size;
@@ -288,7 +300,7 @@ struct LayOutContext {
     G4Weight weight;
     G4Stored stored;
     const Kernels* kernels;
-    uint8_t* out; // of panel `first`
+    uint8_t* out; // of panel 0
     int64_t first, end, piece_panels;
     std::atomic<int32_t>* failed;
 };
@@ -319,7 +331,7 @@ void lay_out_panel(const LayOutContext& c, int64_t panel, Ticket& ticket) {
         return;
     }
     rows = sixteen_rows(w, rows, c.stored.row_bytes, count, buffer + all);
-    c.kernels->lay_out(w, rows, c.stored.row_bytes, c.out + (panel - c.first) * words_bytes(w));
+    c.kernels->lay_out(w, rows, c.stored.row_bytes, c.out + laid_out_at(w, panel), group_step(w, panel));
 }
 
 void lay_out_piece(const void* context, int64_t index, Ticket& ticket) {
@@ -369,15 +381,21 @@ void side_piece(const void* context, int64_t index, Ticket&) {
 
 G4_API int64_t g4_laid_out_bytes(const G4Weight* weight) { return panel_count(*weight) * words_bytes(*weight); }
 
-// Lays `count` panels from `first` on, of rows that reach to a multiple of 32 columns, out at `out`: read from their file
-// into a core's own cache and from there to their place. Returns 0, or 1 where the file ends early.
-G4_API int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, int64_t first, int64_t count, uint8_t* out) {
+// How many of its panels lie interleaved with each other: what the instruction set in use likes to meet at once.
+G4_API int32_t g4_panels_together(const G4Weight* weight) {
+    const bool is_long = weight->bits == 4 && weight->activations == 8 && words_bytes(*weight) >= TOGETHER_PANEL_BYTES;
+    return is_long ? active_kernels().panels_together : 1;
+}
+
+// Lays `count` panels from `first` on, of rows that reach to a multiple of 32 columns, out at their places in `panels`:
+// read from their file into a core's own cache and from there. Returns 0, or 1 where the file ends early.
+G4_API int32_t g4_lay_out(const G4Weight* weight, const G4Stored* stored, int64_t first, int64_t count, uint8_t* panels) {
     std::atomic<int32_t> failed{0};
     int64_t piece_panels = LAY_OUT_PIECE_BYTES / words_bytes(*weight);
     const int64_t shared_out = (count + pool_threads() - 1) / pool_threads();
     if (piece_panels > shared_out) piece_panels = shared_out;
     if (piece_panels < 1) piece_panels = 1;
-    const LayOutContext context{*weight, *stored, &active_kernels(), out, first, first + count, piece_panels, &failed};
+    const LayOutContext context{*weight, *stored, &active_kernels(), panels, first, first + count, piece_panels, &failed};
     pool_run({lay_out_piece, (count + piece_panels - 1) / piece_panels, false}, &context, sizeof context);
     return failed.load();
 }
@@ -444,7 +462,7 @@ G4_API int32_t g4_linear(const void* x, int64_t x_stride, int32_t dtype, int64_t
     pool_run({prepare_piece, prepare_pieces, false}, &prepare, sizeof prepare);
     // int4 with int16 is met unpacked: there is no kernel for it that streams.
     c.streams = first.activations != 0 && tokens <= MAX_DECODE_TOKENS && (first.bits == 8 || first.activations == 8);
-    c.pieces = c.streams ? stream_pieces(c.panels, panel_bytes(first)) : equal_pieces(c.panels, GEMM_PIECE_PANELS);
+    c.pieces = c.streams ? stream_pieces(c.panels, panel_bytes(first), first.together) : equal_pieces(c.panels, GEMM_PIECE_PANELS);
     pool_run({linear_piece, c.pieces.total(), true}, &c, sizeof c);
     return 0;
 }
