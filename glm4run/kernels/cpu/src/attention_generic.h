@@ -229,26 +229,17 @@ inline void add_weights(const float* weights, int64_t count, float* sums) {
 
 // Rows that are read a little later come into the second-level cache meanwhile, a few at a time, so that arithmetic does
 // not wait for memory. (Into the first they would drive out what is being worked on.)
-// Where they ask for `line` they also read what comes after attention, at half a line a time: arithmetic leaves the memory
-// time for it.
-struct Then {
-    const uint8_t *at, *end;
-};
-
 struct Ahead {
     const uint8_t *at, *goal, *end;
-    Then& then;
     int64_t row_bytes, head_dim, step;
 
     // `lines`: how often `line` will be called, about.
-    Ahead(const CacheRows& cache, const uint8_t* first, int64_t rows, Then& next, int64_t lines = 1)
-        : at(first), goal(at), end(first + rows * cache.row_bytes()), then(next), row_bytes(cache.row_bytes()),
-          head_dim(cache.head_dim), step(smaller(64, rows * cache.row_bytes() / (lines < 1 ? 1 : lines))) {}
+    Ahead(const CacheRows& cache, const uint8_t* first, int64_t rows, int64_t lines = 1)
+        : at(first), goal(at), end(first + rows * cache.row_bytes()), row_bytes(cache.row_bytes()), head_dim(cache.head_dim),
+          step(smaller(64, rows * cache.row_bytes() / (lines < 1 ? 1 : lines))) {}
     void line() {
         __builtin_prefetch(at, 0, 2);
-        __builtin_prefetch(then.at, 0, 2);
         at += at < end ? step : 0;
-        then.at += then.at < then.end ? 32 : 0;
     }
     // So many rows; as much as so many columns of a block of `count`.
     void rows(int64_t number) { bytes(number * row_bytes); }
@@ -732,7 +723,6 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     float* scores = queries + tokens * D * LANES;             // [tokens][ATTENTION_BLOCK][16]
     float* beside = scores + tokens * ATTENTION_BLOCK * LANES;
     int16_t* words = reinterpret_cast<int16_t*>(rows);
-    Then then{a.then, a.then + a.then_bytes};
     const auto query_of = [&](int64_t t) { return a.prepared != nullptr ? a.prepared : queries + t * D * LANES; };
     const auto beside_query_of = [&](int64_t t) {
         return a.prepared != nullptr ? a.prepared + D * LANES : beside + t * INT_QUERY_FLOATS;
@@ -749,9 +739,9 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
         const int64_t count = smaller(ATTENTION_BLOCK, last - s), behind = last - s - count;
         const auto seen_by = [&](int64_t t) { return smaller(count, a.seen + token + t - s); };
-        Ahead values_ahead(a.values, a.values.data + s * a.values.row_bytes(), count, then, count * D / 32);
+        Ahead values_ahead(a.values, a.values.data + s * a.values.row_bytes(), count, count * D / 32);
         Ahead keys_ahead(a.keys, behind > 0 ? a.keys.data + (s + count) * a.keys.row_bytes() : a.next_keys,
-                         behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows, then, count * D / 32);
+                         behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows, count * D / 32);
         int32_t excess[ATTENTION_BLOCK];
         if (int_keys && !byte_keys) widen_keys(a.keys, s, count, words);
         if constexpr (I::INT_TILES)

@@ -56,8 +56,6 @@ struct AttentionRows {
     float scale;
     const uint8_t* next_keys; // rows that this thread will probably read next; null: nothing is known
     int64_t next_rows;
-    const uint8_t* then; // what will be read after attention
-    int64_t then_bytes;
     const float* prepared; // the one token's query as `prepare` gave it; null: to be prepared
 };
 

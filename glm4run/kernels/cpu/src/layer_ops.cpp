@@ -1,9 +1,6 @@
 // What a layer does between its products: norms, SwiGLU, rotation, attention of new tokens over the cache.
 #include <math.h>
 #include <string.h>
-#if !defined(_WIN32)
-#include <unistd.h>
-#endif
 
 #include "dispatch.h"
 #include "operations.h"
@@ -108,7 +105,6 @@ struct AttentionContext {
     int64_t lane_groups, stretches;  // the most that a token has
     int32_t dtype;
     float scale;
-    Upcoming upcoming;
 
     int64_t repeat() const { return heads / kv_heads; }
     int64_t seen(int64_t token) const { return positions - tokens + 1 + token; }
@@ -149,37 +145,6 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     return rows;
 }
 
-// What may be fetched ahead: three quarters of the third-level cache, less the rows that pass it in the same time. 0 where
-// its size is not known. glibc says what all caches of a package have together, of which a core may reach one.
-constexpr int64_t MOST_THIRD_LEVEL = int64_t(32) << 20;
-int64_t upcoming_bytes(const AttentionContext& c) {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    static const int64_t third_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    static const int64_t third_level = 0;
-#endif
-    const int64_t passing = (head_of(c.cache, c.cache.keys, c.head_dim, 0).row_bytes() +
-                             head_of(c.cache, c.cache.values, c.head_dim, 0).row_bytes()) / 2;
-    const int64_t calls = c.head_dim / 32; // of Ahead::line for such a row, half a line each
-    return third_level < 0 ? 0 : smaller(third_level, MOST_THIRD_LEVEL) * 3 / 4 * 32 * calls / (32 * calls + passing);
-}
-
-// The share of a piece in what is read after attention. The last pieces have one, so that it is still there then.
-void fetch_upcoming(const AttentionContext& c, int64_t index, int64_t positions, AttentionRows& rows) {
-    const int64_t pieces = c.parts() * c.stretches, each = positions * c.head_dim / 32 * 64;
-    const int64_t most = smaller(upcoming_bytes(c), c.upcoming.bytes[0] + c.upcoming.bytes[1]);
-    const int64_t sharing = most / (each > 0 ? each : 1);
-    if (sharing == 0) return;
-    int64_t at = (index - (sharing < pieces ? pieces - sharing : 0)) * each;
-    if (at < 0) return;
-    for (int i = 0; i < 2; at -= c.upcoming.bytes[i++]) {
-        if (at >= c.upcoming.bytes[i]) continue;
-        rows.then = c.upcoming.memory[i] + at;
-        rows.then_bytes = smaller(each, c.upcoming.bytes[i] - at);
-        return;
-    }
-}
-
 void prepare_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index);
@@ -204,7 +169,6 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
         rows.next_keys = keys.data + next % c.stretches * cut.stretch * keys.row_bytes();
         rows.next_rows = ATTENTION_BLOCK;
     }
-    fetch_upcoming(c, index, last - first, rows);
     rows.prepared = c.prepared + index / c.stretches * c.kernels->prepared_floats(c.head_dim);
     c.kernels->attend(rows, part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
@@ -358,12 +322,6 @@ G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_hea
 G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,
                          const G4Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                          int64_t positions, float* work, void* out) {
-    attention(query, query_token, query_head, dtype, cache, tokens, heads, kv_heads, head_dim, positions, work, out, {});
-}
-
-void attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype, const G4Cache* cache,
-               int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t positions, float* work, void* out,
-               const Upcoming& upcoming) {
     AttentionContext c = attention_context(tokens, heads, kv_heads, head_dim, positions);
     c.query = static_cast<const char*>(query);
     c.cache = *cache;
@@ -374,7 +332,6 @@ void attention(const void* query, int64_t query_token, int64_t query_head, int32
     c.query_head = query_head;
     c.dtype = dtype;
     c.scale = 1.0f / sqrtf(float(head_dim));
-    c.upcoming = upcoming;
     if (tokens > FEW_TOKENS) {
         pool_run({attend_many_piece, pieces_of(tokens, PREFILL_TOKENS) * kv_heads * c.lane_groups, true}, &c, sizeof c);
         return;

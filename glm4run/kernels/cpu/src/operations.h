@@ -14,14 +14,6 @@ G4_API void g4_cache_append(const G4Cache* cache, const void* key, const void* v
                             int64_t position);
 G4_API int64_t g4_attention_floats(int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                    int64_t positions);
-// Memory that will be read after attention, first to last. Where arithmetic bounds attention it is fetched meanwhile.
-struct Upcoming {
-    const uint8_t* memory[2];
-    int64_t bytes[2];
-};
-void attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype, const G4Cache* cache,
-               int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t positions, float* work, void* out,
-               const Upcoming& upcoming);
 G4_API void g4_attention(const void* query, int64_t query_token, int64_t query_head, int32_t dtype,
                          const G4Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                          int64_t positions, float* work, void* out);

@@ -80,8 +80,6 @@ struct Call {
     char* x;
 };
 
-int64_t values_bytes(const G4Weight& w) { return panel_count(w) * panel_stride(w); }
-
 // Each sequence's tokens over its own cache.
 void attend(const Call& c, int64_t layer, const G4Cache* const* caches) {
     const G4Stack& s = c.s;
@@ -92,13 +90,8 @@ void attend(const Call& c, int64_t layer, const G4Cache* const* caches) {
         const int64_t query = i * each * query_width * element, kv = i * each * kv_width * element;
         g4_cache_append(&cache, c.b.key + kv, c.b.value + kv, kv_width, s.head_dim, s.dtype, each, s.kv_heads, s.head_dim,
                         c.positions[i]);
-        Upcoming upcoming{};
-        if (i + 1 == c.sequences) {
-            const G4Weight &first = *s.layers[layer].output.weight, &second = *s.layers[layer].gate_up.weight;
-            upcoming = {{first.values, second.values}, {values_bytes(first), values_bytes(second)}};
-        }
-        attention(c.b.query + query, query_width, s.head_dim, s.dtype, &cache, each, s.heads, s.kv_heads, s.head_dim,
-                  c.positions[i] + each, c.b.work, c.b.attention + query, upcoming);
+        g4_attention(c.b.query + query, query_width, s.head_dim, s.dtype, &cache, each, s.heads, s.kv_heads, s.head_dim,
+                     c.positions[i] + each, c.b.work, c.b.attention + query);
     }
 }
 
