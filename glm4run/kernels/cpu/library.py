@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 6  # GLM4RUN_ABI in src/abi.h
+ABI = 7  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -136,7 +136,7 @@ _SIGNATURES = {
         c_int32,
         (
             *(c_void_p, c_int32, c_int64, c_int64, c_int32, c_int64),
-            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_double)),
+            *(c_void_p, c_int32, c_void_p, c_int64, c_int32, c_void_p, c_void_p, POINTER(c_double)),
         ),
     ),
     "g4_rms_norm": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_float, c_void_p)),
