@@ -283,7 +283,7 @@ class Job:
         with self._lock:
             if self._layerwise is not None:
                 assert module == HEAD  # the layers are not streamed
-                return head_moments(self._layerwise)
+                return head_moments(self._layerwise.layers, self._layerwise.source)
             if self._moments is None:
                 self._moments = InputMoments(self.reader, self.config)
             return self._moments.of(module)

@@ -75,7 +75,7 @@ def test_streams_are_those_of_the_model(tmp_path: Path, text: Path, layout: Layo
     run = run_of(source, text, "gptq")
     run.schemes = {}
     for index in range(2):
-        run.run_layer(index, run.reader.read)
+        run.run_layer(index, run.layers.reader.read)
     model = load_model(source, dtype="fp32").model
     with torch.inference_mode():
         expected = model.hidden_states(run.calibration.ids)
@@ -87,12 +87,12 @@ def test_streams_are_those_of_the_model(tmp_path: Path, text: Path, layout: Layo
 @pytest.mark.parametrize("layout", ["glm4", "chatglm"])
 def test_folding_leaves_the_layer_as_it_was(tmp_path: Path, text: Path, layout: Layout) -> None:
     run = run_of(write_checkpoint(tmp_path / "source", layout), text, "awq")
-    before = run.layer(0, run.reader.read)
+    before = run.layers.layer(0)
     after = copy.deepcopy(before)
     with torch.no_grad():
         run._fold(0, after)
         assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
-        one, two = run.forward(before, run.source), run.forward(after, run.source)
+        one, two = (run.layers.forward(layer, run.source) for layer in (before, after))
     # The bias of v alone is rounded to the model's dtype; all else is made up for.
     assert float((one - two).norm() / one.norm()) < 2e-3
 
@@ -115,7 +115,7 @@ def test_calibrated_beats_rounding_and_loads(tmp_path: Path, text: Path, method:
     ids = load_model(source).tokenizer.encode(text.read_text())[:200]
     exact = load_model(source, dtype="fp32").logits(ids).log_softmax(-1)
     ours = load_model(tmp_path / "packed", dtype="fp32", backend="reference").logits(ids).log_softmax(-1)
-    quantize_checkpoint(source, tmp_path / "rounded", group_size=32)
+    quantize_checkpoint(source, tmp_path / "rounded", group_size=32, method="rtn")
     rounded = load_model(tmp_path / "rounded", dtype="fp32", backend="reference").logits(ids).log_softmax(-1)
 
     def divergence(other: Tensor) -> float:
@@ -141,7 +141,7 @@ def test_linears_where_the_method_is_worse_are_rounded(
     options: dict[str, Any] = {"calibration": text, "calibration_tokens": TOKENS, "group_size": 32}
     report = quantize_checkpoint(source, tmp_path / "packed", method="gptq", **options)
     assert {t.kept for t in report.tensors if t.name != "lm_head"} == {"rtn"}
-    quantize_checkpoint(source, tmp_path / "rounded", group_size=32)
+    quantize_checkpoint(source, tmp_path / "rounded", group_size=32, method="rtn")
     packed, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "rounded"))
     for name in packed:
         if "layers" in name:
@@ -159,7 +159,7 @@ def test_method_that_is_worse_overall_is_not_written(
     assert any("awq did worse than rounding to nearest" in notice for notice in report.notices)
     record = json.loads((tmp_path / "packed" / "glm4run.json").read_text())
     assert (record["method"], record["calibration"]["held_out"]["kl_mean"]) == ("rtn", 0.5)
-    quantize_checkpoint(source, tmp_path / "rounded", group_size=32)
+    quantize_checkpoint(source, tmp_path / "rounded", group_size=32, method="rtn")
     packed, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "rounded"))
     assert all(torch.equal(packed[name], rounded[name]) for name in rounded)
 
