@@ -1,7 +1,8 @@
 """A checkpoint in any layout to a packed folder: which recipe, which method, whether it fits; then the job itself.
 
 By `rtn` peak memory is a few tens of megabytes above the libraries, whatever the size of the model or of its largest
-tensor; other methods hold layers in float32. A run that is killed goes on where it was when it is started again, to the same bytes.
+tensor; other methods hold layers in float32. A run that is killed goes on where it was when it is started again, to the
+same bytes.
 """
 
 from __future__ import annotations

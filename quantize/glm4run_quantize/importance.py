@@ -39,7 +39,9 @@ class InputMoments:
         wanted = self._count if module == HEAD else int(module.split(".")[2]) + 1
         while self._next < wanted:
             self._advance()
-        return head_moments(self._layers, self._stream) if module == HEAD else self._found[module]
+        if module == HEAD and HEAD not in self._found:
+            self._found[HEAD] = head_moments(self._layers, self._stream)
+        return self._found[module]
 
     @torch.no_grad()
     def _advance(self) -> None:

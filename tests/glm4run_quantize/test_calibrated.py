@@ -17,12 +17,14 @@ from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import parse_config
 from glm4run.errors import BackendError, UsageError
 from glm4run.tokenizer import load_tokenizer
-from glm4run_quantize import quantize_checkpoint
+from glm4run_quantize import importance, job, quantize_checkpoint
 from glm4run_quantize.calibration import read_calibration
+from glm4run_quantize.importance import head_moments
 from glm4run_quantize.layerwise import Layerwise
 from glm4run_quantize.methods import gptq
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.recipes import choose_recipe
+from glm4run_quantize.source_layers import SourceLayers
 from tests.builders import PREFIX, Layout, write_checkpoint
 
 TOKENS = 2048
@@ -125,6 +127,26 @@ def test_calibrated_beats_rounding_and_loads(tmp_path: Path, text: Path, method:
     assert sorted(load_file(tmp_path / "packed" / "model.safetensors")) == sorted(
         load_file(tmp_path / "rounded" / "model.safetensors")
     )
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_inputs_of_the_head_are_measured_once(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Not for each of its blocks."""
+    calls: list[Tensor] = []
+
+    def counted(layers: SourceLayers, stream: Tensor) -> Tensor:
+        calls.append(head_moments(layers, stream))
+        return calls[-1]
+
+    for module in (importance, job):
+        monkeypatch.setattr(module, "head_moments", counted)
+    monkeypatch.setattr(job, "BLOCK_BYTES", 4096)
+    source = write_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"calibration": text, "calibration_tokens": TOKENS} if method == "gptq" else {}
+    quantize_checkpoint(source, tmp_path / "packed", method=method, **options)
+    assert len(calls) == 1
 
 
 def worse(weight: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:

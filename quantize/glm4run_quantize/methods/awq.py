@@ -3,8 +3,8 @@
 W x = (W s) (x / s) exactly, for any positive s per input channel. The division is folded into whatever makes x: the
 weight of the norm before q, k, v and gate_up; the rows of v before o_proj (query heads that share a KV head share their
 scales); the rows of up before down_proj, which the gated product passes through linearly. s = mean|x|^a, with the a of
-a small grid that leaves the least error in the linear's output. Source: AWQ, arXiv 2306.00978. There every a is judged by
-rounding to nearest; here by `mse`, which the scaled weights will be packed by.
+a small grid that leaves the least error in the linear's output. Source: AWQ, arXiv 2306.00978; there every a is judged
+by rounding to nearest, here by `mse`, which the scaled weights will be packed by.
 
 Norm weights are stored in the model's dtype: they are rounded first, and the linears take up what the rounded ones
 really divide by, so that folding itself costs nothing.
