@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,9 @@ import torch
 from torch import nn
 
 from glm4run import LoadedModel, load_model
+from glm4run.checkpoint.layouts import linear_shapes
+from glm4run.checkpoint.reader import CheckpointReader
+from glm4run.config import parse_config, read_json
 from glm4run.evaluation import compare, evaluate
 from glm4run.kernels.reference import ReferenceWeight
 from glm4run.layers import Linear, QuantizedLinear
@@ -33,6 +37,7 @@ from glm4run.qformat import dequantize
 from glm4run.reference_logits import SavedReference
 from glm4run.text_windows import Cut, read_text
 from glm4run_quantize import quantize_checkpoint
+from glm4run_quantize.importance import InputMoments
 
 EVALUATED_BYTES, CALIBRATION_BYTES = 700_000, 400_000
 CONTEXT = 512
@@ -69,6 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     evaluated, calibration = cut_texts(args.text, args.work)
     bench = Bench(args.source, args.work, evaluated, calibration, args.windows, args.calibration_tokens)
+    print(describe_inputs(args.source), file=sys.stderr)
     results = [bench.row(name) for name in args.rows]
     facts = {"machine": cpu_name(), "commit": commit(), "windows": args.windows, "rows": results}
     if args.output is not None:
@@ -84,6 +90,19 @@ def cut_texts(text: Path, work: Path) -> tuple[Path, Path]:
     evaluated.write_bytes(raw[:EVALUATED_BYTES])
     calibration.write_text(raw[-CALIBRATION_BYTES:].decode("utf-8", errors="ignore"), encoding="utf-8")
     return evaluated, calibration
+
+
+def describe_inputs(source: Path) -> str:
+    """How much larger than the others some channels are that the linears read, which is what `awq` makes use of."""
+    config = parse_config(read_json(source / "config.json"), where=str(source))
+    ratios: dict[str, list[float]] = {}
+    with CheckpointReader(source, config) as reader:
+        moments = InputMoments(reader, config)
+        for module in linear_shapes(config):
+            sizes = moments.of(module).sqrt()
+            ratios.setdefault(module.rpartition(".")[2], []).append(float(sizes.max() / sizes.median()))
+    parts = ", ".join(f"{kind} {statistics.median(found):.1f}" for kind, found in ratios.items())
+    return f"largest channel of the inputs over their median, in the median layer: {parts}"
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from fidelity import ROWS, Bench, dense, table
+from fidelity import ROWS, Bench, dense, describe_inputs, table
 
 from glm4run import load_model
 from glm4run.kernels.reference import ReferenceWeight
@@ -56,7 +56,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     source = train_on(args.work / f"source-{args.steps}", args.steps, on_grid=args.on_grid)
     print(f"training moved the weights by {moved(source):.2g} of a step, root mean square", file=sys.stderr)
-    print(describe_grid(source), file=sys.stderr)
+    print(describe_grid(source), describe_inputs(source), sep="\n", file=sys.stderr)
     evaluated = write_text(args.work / "evaluated.txt", EVALUATED_SEED, EVALUATED_BYTES)
     calibration = write_text(args.work / "calibration.txt", CALIBRATION_SEED, CALIBRATION_BYTES)
     bench = Bench(source, args.work, evaluated, calibration, WINDOWS, CALIBRATION_TOKENS)

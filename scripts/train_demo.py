@@ -2,7 +2,7 @@
 """Trains the embedded demo model from scratch, on text that this repository generates, with a fixed seed.
 
     python scripts/train_demo.py OUT_DIR [--minutes 72]   # bf16 checkpoint in the glm4 layout, about 11 MB
-    glm4run quantize OUT_DIR -o models/demo --bits 4 --overwrite
+    glm4run quantize OUT_DIR -o models/demo --bits 4 --method rtn --overwrite
 
 The model has the architecture of GLM-4-9B-0414 (sandwich norms, partial interleaved RoPE, grouped-query attention
 with 2 KV heads, QKV bias, untied head), the family's special tokens and chat dialect, and about 5 million parameters.

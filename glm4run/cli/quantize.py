@@ -24,12 +24,12 @@ def quantize(
         int | None, typer.Option(help="32, 64 or 128 for every linear; default: the recipe of the bits")
     ] = None,
     method: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="rtn: round to nearest; mse: search scales; hqq: half-quadratic; calibrated: awq: activation-aware "
-            "scaling; gptq: second-order rounding, the best and the slowest. Default: rtn, at 8 bits mse"
+            help="rtn: round to nearest, the fastest; mse: search scales; hqq: half-quadratic; calibrated: awq: "
+            "activation-aware scaling; gptq: second-order rounding, the best and the slowest"
         ),
-    ] = None,
+    ] = "mse",
     head_bits: Annotated[
         int, typer.Option("--lm-head-bits", help="8; 4 is faster and loses more; 16 keeps the output head dense")
     ] = 8,

@@ -1,7 +1,8 @@
 """A checkpoint in any layout to a packed folder: which recipe, which method, whether it fits; then the job itself.
 
-Without calibration, peak memory is a few tens of megabytes above the libraries, whatever the size of the model or of
-its largest tensor. A run that is killed goes on where it was when it is started again, to the same bytes.
+By `rtn` peak memory is a few tens of megabytes above the libraries, whatever the size of the model or of its largest
+tensor; other methods hold layers in float32. A run that is killed goes on where it was when it is started again, to the
+same bytes.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from glm4run_quantize.job import UNCALIBRATED, Job, Progress
 from glm4run_quantize.journal import Journal, remove_traces
 from glm4run_quantize.layerwise import CALIBRATED, Layerwise
 from glm4run_quantize.measured import Measure, measure
-from glm4run_quantize.recipes import HEAD, Recipe, choose_recipe, load_recipe
+from glm4run_quantize.recipes import Recipe, choose_recipe, load_recipe
 from glm4run_quantize.report import HeldOut, QuantizeReport
 from glm4run_quantize.sensitivity import fit_recipe
 from glm4run_quantize.writer import replacing_folder, resumable_bytes, write_json
 
 FORMAT_VERSION = 1
 METHODS = (*UNCALIBRATED, *CALIBRATED)
+DEFAULT_METHOD = "mse"  # needs no text, takes minutes, and loses half of what rounding to nearest does
 DISK_MARGIN_BYTES = 64 << 20
 
 
@@ -46,7 +48,7 @@ class Options:
     """How to pack.
 
     bits: 4 or 8. group_size: 32, 64 or 128 for every linear; None takes the default recipe of `bits`. method: one of
-    `METHODS`; None is `mse` where all layers get 8 bits, else `rtn`. head_bits: 8, 4, or 16 to keep lm_head dense.
+    `METHODS`. head_bits: 8, 4, or 16 to keep lm_head dense.
     recipe: the name of a built-in recipe or a TOML file, instead of bits, group size and head. target_bpw, target_gib:
     bits per weight of the layers' linears, or the size of the whole file, that bits and group sizes are chosen for,
     tensor by tensor. calibration: a UTF-8 text instead of the built-in one, of which `calibration_tokens` are used.
@@ -55,7 +57,7 @@ class Options:
 
     bits: int = 4
     group_size: int | None = None
-    method: str | None = None
+    method: str = DEFAULT_METHOD
     head_bits: int = 8
     recipe: str | None = None
     target_bpw: float | None = None
@@ -66,7 +68,7 @@ class Options:
 
     def check(self) -> None:
         """Raises UsageError where options exclude each other or are out of range."""
-        if self.method is not None and self.method not in METHODS:
+        if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"one of: {', '.join(METHODS)}")
         given = {"--recipe": self.recipe, "--target-bpw": self.target_bpw, "--target-gib": self.target_gib}
         given |= {"--group-size": self.group_size}
@@ -77,7 +79,7 @@ class Options:
             raise UsageError(f"{self.calibration_tokens} calibration tokens", hint="1024 at least")
         if self.calibration is not None and not self.needs_calibration:
             raise UsageError(
-                f"--calibration has no use for method {self.method or 'rtn'!r}",
+                f"--calibration has no use for method {self.method!r}",
                 hint=f"choose --method {' or '.join(CALIBRATED)}, or a --target",
             )
 
@@ -130,7 +132,6 @@ def quantize_checkpoint(
         calibration = read_calibration(load_tokenizer(source), chosen.calibration, chosen.calibration_tokens)
     with CheckpointReader(source, config) as reader:
         recipe, notices = _choose_recipe(reader, config, chosen, calibration)
-        chosen = replace(chosen, method=chosen.method or default_method(recipe, config))
         run = _Run(source, reader, config, raw, chosen, recipe, calibration, progress)
         run.require_disk(output)
         with replacing_folder(output, overwrite=overwrite, fingerprint=run.fingerprint) as working:
@@ -164,12 +165,6 @@ def _choose_recipe(
     return choose_recipe(config, options.bits, group_size=options.group_size, head_bits=options.head_bits)
 
 
-def default_method(recipe: Recipe, config: ModelConfig) -> str:
-    """At 8 bits rounding to nearest loses half as much again as llama.cpp's Q8_0, a search of scales less than it."""
-    layers = [scheme for module, scheme in recipe.schemes(config).items() if module != HEAD]
-    return "mse" if layers and all(scheme.bits == 8 for scheme in layers) else "rtn"
-
-
 def _require_replaceable(output: Path, source: Path) -> None:
     """Raises UsageError where replacing `output` would take more with it than an older model."""
     if output.resolve() == source.resolve():
@@ -195,7 +190,6 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.source, self.reader, self.config, self.raw = source, reader, config, raw
-        assert options.method is not None  # chosen by now
         self.options, self.method, self.recipe, self.calibration = options, options.method, recipe, calibration
         self.files = sorted({s.entry.file for s in reader.sources.values()})
         schemes = recipe.schemes(config)

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig
-from glm4run.ops import Ops
-from glm4run_quantize.calibration import Calibration
-from glm4run_quantize.layerwise import STAGES, Layerwise
 from glm4run_quantize.recipes import HEAD
+from glm4run_quantize.source_layers import STAGES, SourceLayers
 
 WINDOWS, TOKENS = 2, 256
 
@@ -30,47 +28,40 @@ class InputMoments:
         if ids is None:
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(0, config.vocab_size, (WINDOWS, TOKENS), generator=draw)
-        calibration = Calibration("random tokens", "", ids, held_out=0)
-        self._reader = reader
-        self._layers = config.num_hidden_layers
-        self._run = Layerwise(reader, config, {}, "rtn", calibration, torch.float32, torch.device("cpu"))
+        self._ids, self._count = ids, config.num_hidden_layers
+        self._layers = SourceLayers(reader, config, ids.shape[1], torch.device("cpu"))
+        self._stream = torch.empty(0)
         self._next = 0
         self._found: dict[str, Tensor] = {}
 
     def of(self, module: str) -> Tensor:
         """Second moments [K] of the inputs of `module`, float32. Layers are computed as they are asked for."""
-        wanted = self._layers if module == HEAD else int(module.split(".")[2]) + 1
+        wanted = self._count if module == HEAD else int(module.split(".")[2]) + 1
         while self._next < wanted:
             self._advance()
-        return head_moments(self._run) if module == HEAD else self._found[module]
+        if module == HEAD and HEAD not in self._found:
+            self._found[HEAD] = head_moments(self._layers, self._stream)
+        return self._found[module]
 
     @torch.no_grad()
     def _advance(self) -> None:
-        run, index = self._run, self._next
+        index = self._next
         if index == 0:
-            run.source = self._embedded(run.calibration.ids)
+            self._stream = self._layers.embed(self._ids)
         sums: dict[str, Tensor] = {}
 
         def visit(stage: str, x: Tensor) -> None:
             sums[stage] = sums.get(stage, torch.zeros(())) + x.flatten(0, 1).square().sum(0)
 
-        run.source = run.forward(run.layer(index, self._reader.read), run.source, visit)
+        self._stream = self._layers.forward(self._layers.layer(index), self._stream, visit)
         for stage, names in STAGES.items():
             for name in names:
-                self._found[f"model.layers.{index}.{name}"] = sums[stage] / run.calibration.ids.numel()
+                self._found[f"model.layers.{index}.{name}"] = sums[stage] / self._ids.numel()
         self._next = index + 1
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        """Rows of the embedding [W, T, hidden], one by one: the whole table may be larger than all else."""
-        rows = [self._reader.read_rows("model.embed_tokens.weight", i, i + 1) for i in ids.flatten().tolist()]
-        embedded: Tensor = torch.cat(rows).float().unflatten(0, tuple(ids.shape))
-        return embedded
 
 
 @torch.no_grad()
-def head_moments(run: Layerwise) -> Tensor:
-    """Second moments [hidden] of lm_head's inputs, from the source's stream behind all layers."""
-    norm = run.reader.read("model.norm.weight").float().to(run.device)
-    normed: Tensor = Ops().rms_norm(run.source, norm, run.config.rms_norm_eps)
-    moments: Tensor = normed.flatten(0, 1).square().mean(0).cpu()
-    return moments
+def head_moments(layers: SourceLayers, stream: Tensor) -> Tensor:
+    """Second moments [hidden] of lm_head's inputs, from the stream behind all layers."""
+    normed = layers.final_norm()(stream)
+    return normed.flatten(0, 1).square().mean(0).cpu()

@@ -81,6 +81,7 @@ class Job:
         self.done_bytes = 0
         self._lock = threading.Lock()
         self._moments: InputMoments | None = None
+        self._head_moments: Tensor | None = None  # once for all blocks of the head
         self._layerwise: Layerwise | None = None
         self._scales, self._sums = torch.empty(0), list[tuple[float, float]]()  # of the tensor that is being written
 
@@ -283,7 +284,9 @@ class Job:
         with self._lock:
             if self._layerwise is not None:
                 assert module == HEAD  # the layers are not streamed
-                return head_moments(self._layerwise)
+                if self._head_moments is None:
+                    self._head_moments = head_moments(self._layerwise.layers, self._layerwise.source)
+                return self._head_moments
             if self._moments is None:
                 self._moments = InputMoments(self.reader, self.config)
             return self._moments.of(module)

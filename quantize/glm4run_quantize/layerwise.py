@@ -8,7 +8,7 @@ windows is rounded instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +19,26 @@ from torch import Tensor, nn
 from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import ModelConfig
 from glm4run.model import DecoderLayer
-from glm4run.ops import Ops, split_heads
 from glm4run.qformat import scale_groups
 from glm4run.quant_config import QuantScheme
-from glm4run.rope import Rope
 from glm4run_quantize.calibration import Calibration
 from glm4run_quantize.methods import gptq
 from glm4run_quantize.methods.awq import fold_layer
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.methods.rtn import quantize_rtn
+from glm4run_quantize.source_layers import (
+    HEAD_TOKENS,
+    STAGES,
+    SourceLayers,
+    gated,
+    linear_of,
+    log_probabilities,
+    parts,
+)
 
 CALIBRATED = ("awq", "gptq")
-# Linears that are fed with the same input, in the order in which a layer computes them.
-STAGES = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "gate_up_proj": ("mlp.gate_up_proj",),
-    "down_proj": ("mlp.down_proj",),
-}
-WINDOWS_AT_ONCE = 4
+Rounding = Callable[[Tensor, QuantScheme], tuple[Tensor, Tensor]]
 SAMPLE_TOKENS = 512  # on which awq searches its scales
-HEAD_ROWS, HEAD_TOKENS = 16384, 128
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,16 @@ class Layerwise:
         scale_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.reader, self.config, self.schemes, self.method = reader, config, schemes, method
+        self.config, self.schemes, self.method = config, schemes, method
         self.calibration, self.scale_dtype, self.device = calibration, scale_dtype, device
         self.windows = calibration.ids.shape[0]
         self.fitted = self.windows - calibration.held_out  # the windows before this one are calibrated on
-        self.rope = Rope(config).cos_sin(0, calibration.ids.shape[1], device)
+        self.layers = SourceLayers(reader, config, calibration.ids.shape[1], device)
         self.source, self.ours, self.rounded = (torch.empty(0) for _ in range(3))
 
     def embed(self) -> None:
         """Starts the streams at the embedding."""
-        table = self.reader.read("model.embed_tokens.weight")
-        self.source = F.embedding(self.calibration.ids, table).float().to(self.device)
+        self.source = self.layers.embed(self.calibration.ids)
         self.ours = self.source.clone()
         self.rounded = self.source[self.fitted :].clone()
 
@@ -103,7 +101,7 @@ class Layerwise:
     @torch.no_grad()
     def run_layer(self, index: int, read: Callable[[str], Tensor]) -> LayerResult:
         """Packs layer `index` and moves the streams behind it. `read` gives the source's tensors by name."""
-        source, ours = (self.layer(index, read) for _ in range(2))
+        source, ours = (self.layers.layer(index, read) for _ in range(2))
         if self.method == "awq":
             self._fold(index, ours)
         linears: dict[str, Rounded] = {}
@@ -119,16 +117,11 @@ class Layerwise:
     @torch.no_grad()
     def held_out_divergence(self) -> tuple[float, float]:
         """Mean KL divergence to the source over the held-out windows: of what was packed, and of plain rounding."""
-        norm = self.reader.read("model.norm.weight").float().to(self.device)
-        tied = self.config.tie_word_embeddings
-        head = self.reader.read("model.embed_tokens.weight" if tied else "lm_head.weight").to(self.device)
-        eps = self.config.rms_norm_eps
+        norm, head = self.layers.final_norm(), self.layers.head()
         totals = [0.0, 0.0]
         streams = [s.flatten(0, 1) for s in (self.source[self.fitted :], self.ours[self.fitted :], self.rounded)]
         for first in range(0, streams[0].shape[0], HEAD_TOKENS):
-            exact, *others = (
-                log_probabilities(Ops().rms_norm(s[first : first + HEAD_TOKENS], norm, eps), head) for s in streams
-            )
+            exact, *others = (log_probabilities(norm(s[first : first + HEAD_TOKENS]), head) for s in streams)
             for i, other in enumerate(others):
                 totals[i] += float((exact.exp() * (exact - other)).sum(dtype=torch.float64))
         count = streams[0].shape[0]
@@ -136,30 +129,21 @@ class Layerwise:
 
     # --- the steps of a layer
 
-    def layer(self, index: int, read: Callable[[str], Tensor]) -> DecoderLayer:
-        """Layer `index` of the source in float32."""
-        with torch.device("meta"):
-            layer = DecoderLayer(self.config, index, Ops())
-        prefix = f"model.layers.{index}."
-        state = {name: read(prefix + name).float().to(self.device) for name in layer.state_dict()}
-        layer.load_state_dict(state, assign=True)
-        return layer.requires_grad_(False)
-
     def _fold(self, index: int, layer: DecoderLayer) -> None:
         """Collects inputs of every linear from the source's stream, over tokens spread evenly, and scales the layer."""
         samples: dict[str, list[Tensor]] = {stage: [] for stage in STAGES}
         every = max(1, self.fitted * self.calibration.ids.shape[1] // SAMPLE_TOKENS)
 
-        for part in self._parts(self.fitted):
+        for part in parts(self.fitted):
             x = self.source[part]
             normed = layer.input_layernorm(x)
             samples["qkv"].append(normed.flatten(0, 1)[::every])
-            attended = self._attend(layer, normed)
+            attended = self.layers.attend(layer, normed)
             samples["o_proj"].append(attended.flatten(0, 1)[::every])
             x = x + layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended))
             normed = layer.post_attention_layernorm(x)
             samples["gate_up_proj"].append(normed.flatten(0, 1)[::every])
-            samples["down_proj"].append(_gated(layer, normed.flatten(0, 1)[::every]))
+            samples["down_proj"].append(gated(layer, normed.flatten(0, 1)[::every]))
         fold_layer(
             layer,
             {stage: torch.cat(rows) for stage, rows in samples.items()},
@@ -176,12 +160,12 @@ class Layerwise:
         """Brings both streams to where `stage` reads: attention's results beside them, then attention's sum."""
         if stage == "o_proj":
             self.attended = [
-                torch.cat([self._attend(layer, layer.input_layernorm(x[part])) for part in self._parts(self.windows)])
+                torch.cat([self.layers.attend(layer, layer.input_layernorm(x[part])) for part in parts(self.windows)])
                 for layer, x in ((source, self.source), (ours, self.ours))
             ]
         if stage == "gate_up_proj":
             for layer, x, attended in zip((source, ours), (self.source, self.ours), self.attended, strict=True):
-                for part in self._parts(self.windows):
+                for part in parts(self.windows):
                     x[part] += layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended[part]))
             del self.attended
 
@@ -193,7 +177,7 @@ class Layerwise:
         for layer, stream in ((source, self.source), (ours, self.ours)):
             x = stream[part].flatten(0, 1)
             x = layer.input_layernorm(x) if stage == "qkv" else layer.post_attention_layernorm(x)
-            pair.append(_gated(layer, x) if stage == "down_proj" else x)
+            pair.append(gated(layer, x) if stage == "down_proj" else x)
         return pair[0], pair[1]
 
     def _round_stage(self, index: int, stage: str, source: DecoderLayer, ours: DecoderLayer) -> dict[str, Rounded]:
@@ -201,13 +185,13 @@ class Layerwise:
         modules = [module for module in modules if module in self.schemes]
         if not modules:
             return {}
-        hessian, cross = self._moments(stage, source, ours, with_cross=self.method == "gptq")
         pairs = {module: (linear_of(source, module), linear_of(ours, module)) for module in modules}
-        candidates = {
-            module: self._candidates(pairs[module][1].weight, self.schemes[module], hessian, cross)
-            for module in modules
-        }
-        del hessian, cross
+        rounding = self._rounding(stage, source, ours)
+        candidates = {}
+        for module in modules:
+            weight, scheme = pairs[module][1].weight, self.schemes[module]
+            candidates[module] = (rounding(weight, scheme), quantize_rtn(weight, scheme, self.scale_dtype))
+        del rounding  # and what it knows of the inputs
         errors = self._held_out_errors(stage, source, ours, pairs, candidates)
         results = {}
         for module in modules:
@@ -228,43 +212,39 @@ class Layerwise:
             weight.copy_(restored)
         return results
 
-    def _moments(
-        self, stage: str, source: DecoderLayer, ours: DecoderLayer, *, with_cross: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Means over the calibration tokens of x x^T and, for `with_cross`, of x_source x^T: [K, K].
-
-        `awq` looks at nothing but the diagonal of the first, and gets it alone: [K].
-        """
-        hessian: Tensor | None = None
-        cross: Tensor | None = None
-        count = 0
-        for part in self._parts(self.fitted):
-            theirs, mine = self._inputs(stage, source, ours, part)
-            if hessian is None:
-                width = mine.shape[1]
-                hessian = mine.new_zeros((width,) if self.method == "awq" else (width, width))
-                cross = torch.zeros_like(hessian) if with_cross else None
-            if hessian.ndim == 1:
-                hessian += mine.square().sum(0)
-            else:
-                hessian.addmm_(mine.t(), mine)
-            if cross is not None:
-                cross.addmm_(theirs.t(), mine)
-            count += mine.shape[0]
-        assert hessian is not None
-        return hessian.div_(count), None if cross is None else cross.div_(count)
-
-    def _candidates(
-        self, weight: Tensor, scheme: QuantScheme, hessian: Tensor, cross: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(q, scale) by the method, and by plain rounding."""
-        plain = quantize_rtn(weight, scheme, self.scale_dtype)
+    def _rounding(self, stage: str, source: DecoderLayer, ours: DecoderLayer) -> Rounding:
+        """The method, with what it has to know of the inputs of `stage`: weight [N, K] and scheme to (q, scale)."""
         if self.method == "awq":
-            return quantize_mse(weight, scheme, self.scale_dtype, hessian), plain
-        assert cross is not None
-        damped = gptq.prepare(hessian.clone())
-        target = gptq.moved_target(weight, hessian, cross, damped)
-        return gptq.quantize_gptq(target, damped, scheme, self.scale_dtype), plain
+            squares = self._squares(stage, source, ours)
+            return lambda weight, scheme: quantize_mse(weight, scheme, self.scale_dtype, squares)
+        hessian, cross = self._moments(stage, source, ours)
+
+        def second_order(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+            damped = gptq.prepare(hessian.clone())
+            target = gptq.moved_target(weight, hessian, cross, damped)
+            return gptq.quantize_gptq(target, damped, scheme, self.scale_dtype)
+
+        return second_order
+
+    def _squares(self, stage: str, source: DecoderLayer, ours: DecoderLayer) -> Tensor:
+        """Means over the calibration tokens of the squares of our inputs: [K]."""
+        sums = [
+            self._inputs(stage, source, ours, part)[1].square().sum(0, dtype=torch.float64)
+            for part in parts(self.fitted)
+        ]
+        return torch.stack(sums).sum(0).div_(self.fitted * self.calibration.ids.shape[1]).float()
+
+    def _moments(self, stage: str, source: DecoderLayer, ours: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """Means over the calibration tokens of x x^T and of x_source x^T, where x are our inputs: [K, K] each."""
+        hessian = cross = torch.empty(0)
+        for part in parts(self.fitted):
+            theirs, mine = self._inputs(stage, source, ours, part)
+            if not hessian.numel():
+                hessian, cross = (mine.new_zeros(mine.shape[1], mine.shape[1]) for _ in range(2))
+            hessian.addmm_(mine.t(), mine)
+            cross.addmm_(theirs.t(), mine)
+        count = self.fitted * self.calibration.ids.shape[1]
+        return hessian.div_(count), cross.div_(count)
 
     def _held_out_errors(
         self,
@@ -277,7 +257,7 @@ class Layerwise:
         """Sums of squares over the held-out windows: of the source's outputs, and of what each candidate is off."""
         sums = {module: [0.0, 0.0, 0.0] for module in pairs}
         restored = {m: [scale_groups(q, scale) for q, scale in candidates[m]] for m in pairs}
-        for part in self._parts(self.windows, self.fitted):
+        for part in parts(self.windows, self.fitted):
             theirs, mine = self._inputs(stage, source, ours, part)
             for module, (linear, mine_linear) in pairs.items():
                 # A folded linear gives other numbers than the source's: it is measured against itself, unrounded.
@@ -290,9 +270,9 @@ class Layerwise:
 
     def _finish(self, source: DecoderLayer, ours: DecoderLayer) -> None:
         for layer, stream in ((source, self.source), (ours, self.ours)):
-            for part in self._parts(self.windows):
+            for part in parts(self.windows):
                 x = stream[part]
-                x += layer.post_mlp_layernorm(layer.mlp.down_proj(_gated(layer, layer.post_attention_layernorm(x))))
+                x += layer.post_mlp_layernorm(layer.mlp.down_proj(gated(layer, layer.post_attention_layernorm(x))))
 
     def _round_stream(self, index: int, layer: DecoderLayer) -> None:
         """Rounds the source's layer to nearest, and moves the third stream through it."""
@@ -300,34 +280,7 @@ class Layerwise:
             if module.startswith(f"model.layers.{index}."):
                 weight = linear_of(layer, module).weight
                 weight.copy_(scale_groups(*quantize_rtn(weight, scheme, self.scale_dtype)))
-        self.rounded = self.forward(layer, self.rounded)
-
-    def forward(
-        self, layer: DecoderLayer, stream: Tensor, visit: Callable[[str, Tensor], None] = lambda _, __: None
-    ) -> Tensor:
-        """A stream [W, T, hidden] behind a layer, in new memory. `visit` gets each stage and its inputs [w, T, K]."""
-        out = stream.clone()
-        for part in self._parts(out.shape[0]):
-            x = out[part]
-            normed = layer.input_layernorm(x)
-            visit("qkv", normed)
-            attended = self._attend(layer, normed)
-            visit("o_proj", attended)
-            x += layer.post_self_attn_layernorm(layer.self_attn.o_proj(attended))
-            normed = layer.post_attention_layernorm(x)
-            visit("gate_up_proj", normed)
-            gated = _gated(layer, normed)
-            visit("down_proj", gated)
-            x += layer.post_mlp_layernorm(layer.mlp.down_proj(gated))
-        return out
-
-    def _attend(self, layer: DecoderLayer, normed: Tensor) -> Tensor:
-        """Attention without its output projection: [W, T, hidden] to [W, T, H * D]."""
-        attention = layer.self_attn
-        query = attention.ops.rope(attention.q_proj(normed), attention.head_dim, *self.rope)
-        key = attention.ops.rope(attention.k_proj(normed), attention.head_dim, *self.rope)
-        value = split_heads(attention.v_proj(normed), attention.head_dim)
-        return attention.ops.attention(query, key, value)
+        self.rounded = self.layers.forward(layer, self.rounded)
 
     def _dense(self, index: int, layer: DecoderLayer) -> dict[str, Tensor]:
         """The layer's dense parameters where folding may have changed them."""
@@ -338,29 +291,7 @@ class Layerwise:
         state: dict[str, Any] = layer.state_dict()
         return {prefix + name: state[name] for name in changed if name in state}
 
-    def _parts(self, last: int, first: int = 0) -> Iterator[slice]:
-        for at in range(first, last, WINDOWS_AT_ONCE):
-            yield slice(at, min(at + WINDOWS_AT_ONCE, last))
-
-
-def linear_of(layer: DecoderLayer, module: str) -> nn.Linear:
-    """The linear of a layer that has this name in the model."""
-    found = layer.get_submodule(".".join(module.split(".")[3:]))
-    assert isinstance(found, nn.Linear)
-    return found
-
-
-def _gated(layer: DecoderLayer, normed: Tensor) -> Tensor:
-    """What goes into down_proj."""
-    return layer.mlp.ops.silu_mul(layer.mlp.gate_up_proj(normed))
-
 
 def _relative(got: Tensor, expected: Tensor) -> float:
     off = float((got - expected).square().sum(dtype=torch.float64))
     return off / max(float(expected.square().sum(dtype=torch.float64)), 1e-30)
-
-
-def log_probabilities(x: Tensor, head: Tensor) -> Tensor:
-    """x [T, hidden] to [T, V], with a few rows of the head in float32 at a time."""
-    parts = [x @ head[at : at + HEAD_ROWS].float().t() for at in range(0, head.shape[0], HEAD_ROWS)]
-    return torch.cat(parts, dim=-1).log_softmax(-1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,18 @@ from glm4run.checkpoint.safetensors_index import DTYPE_BYTES
 from glm4run.config import ModelConfig
 from glm4run.errors import UsageError
 from glm4run.model import DecoderLayer
-from glm4run.ops import Ops
 from glm4run.qformat import GROUP_SIZES, packed_tensor_shapes, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.calibration import Calibration
-from glm4run_quantize.layerwise import HEAD_ROWS, HEAD_TOKENS, STAGES, Layerwise, linear_of, log_probabilities
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.recipes import HEAD, Recipe, recipe_of
+from glm4run_quantize.source_layers import HEAD_ROWS, HEAD_TOKENS, STAGES, SourceLayers, linear_of, log_probabilities
 
 BASE = QuantScheme(4, 32)
 LADDER = (QuantScheme(4, 128), QuantScheme(4, 64), QuantScheme(4, 32), QuantScheme(8, 128), QuantScheme(8, 32))
 WINDOWS = 4
 SAMPLE_ROWS = 256  # of each linear, on which the errors of the schemes are compared
+ROWS_AT_ONCE = 2048  # of a linear, for which errors are held
 
 
 @dataclass
@@ -138,19 +138,19 @@ def spend(units: list[Unit], budget: int) -> None:
 
 def measure_units(reader: CheckpointReader, config: ModelConfig, calibration: Calibration) -> list[Unit]:
     """Every unit of the model with what its schemes cost, in the order of the model."""
-    few = replace(calibration, ids=calibration.ids[:WINDOWS], held_out=0)
-    run = Layerwise(reader, config, {}, "rtn", few, torch.bfloat16, torch.device("cpu"))
-    run.embed()
-    residuals = []  # in front of each layer
+    layers = SourceLayers(reader, config, calibration.ids.shape[1], torch.device("cpu"))
+    stream = layers.embed(calibration.ids[:WINDOWS])
+    residuals = []  # in front of each layer; of 40 layers they would be the largest part of the memory in float32
     for index in range(config.num_hidden_layers):
-        residuals.append(run.source)
+        residuals.append(stream.bfloat16())
         with torch.no_grad():
-            run.source = run.forward(run.layer(index, reader.read), run.source)
-    gradient = _gradient_of_draws(run)
+            stream = layers.forward(layers.layer(index), stream)
+    gradient = _gradient_of_draws(layers, stream)
+    del stream
     units: list[Unit] = []
     for index in reversed(range(config.num_hidden_layers)):
-        layer = run.layer(index, reader.read)
-        seen, gradient = _backward(run, layer, residuals.pop(), gradient)
+        layer = layers.layer(index)
+        seen, gradient = _backward(layers, layer, residuals.pop().float(), gradient)
         units[:0] = [_unit(index, names, layer, seen) for names in STAGES.values()]
         del seen
     return units
@@ -164,16 +164,14 @@ class _Seen:
     gradients: Tensor
 
 
-def _gradient_of_draws(run: Layerwise) -> Tensor:
+def _gradient_of_draws(layers: SourceLayers, stream: Tensor) -> Tensor:
     """Of the log-likelihood of one token drawn at each position, with respect to the residual behind all layers."""
-    norm = run.reader.read("model.norm.weight").float()
-    tied = run.config.tie_word_embeddings
-    head = run.reader.read("model.embed_tokens.weight" if tied else "lm_head.weight")
+    norm, head = layers.final_norm(), layers.head()
     draw = torch.Generator().manual_seed(0)
     parts = []
-    for x in run.source.flatten(0, 1).split(HEAD_TOKENS):
+    for x in stream.flatten(0, 1).split(HEAD_TOKENS):
         x = x.clone().requires_grad_()
-        normed = Ops().rms_norm(x, norm, run.config.rms_norm_eps)
+        normed = norm(x)
         with torch.no_grad():
             direction = log_probabilities(normed, head).exp_()
             drawn = torch.multinomial(direction, 1, generator=draw)
@@ -185,11 +183,11 @@ def _gradient_of_draws(run: Layerwise) -> Tensor:
         normed.backward(back)
         assert x.grad is not None
         parts.append(x.grad)
-    return torch.cat(parts).view_as(run.source)
+    return torch.cat(parts).view_as(stream)
 
 
 def _backward(
-    run: Layerwise, layer: DecoderLayer, residual: Tensor, gradient: Tensor
+    layers: SourceLayers, layer: DecoderLayer, residual: Tensor, gradient: Tensor
 ) -> tuple[dict[str, _Seen], Tensor]:
     """What the linears of a layer saw, by their names in it; and the gradient in front of the layer."""
     held: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for stage in STAGES.values() for name in stage}
@@ -204,12 +202,12 @@ def _backward(
     before = []
     for x, behind in zip(residual.split(1), gradient.split(1), strict=True):  # a window at a time: less is alive
         x = x.clone().requires_grad_()
-        layer(x, run.rope, None, torch.float32).backward(behind)
+        layer(x, layers.rope, None, torch.float32).backward(behind)
         assert x.grad is not None
         before.append(x.grad)
     for hook in hooks:
         hook.remove()
-    seen = {name: _Seen(*(torch.cat(part) for part in zip(*parts, strict=True))) for name, parts in held.items()}
+    seen = {name: _Seen(*(torch.cat(part) for part in zip(*held.pop(name), strict=True))) for name in tuple(held)}
     return seen, torch.cat(before)
 
 
@@ -221,8 +219,10 @@ def _unit(index: int, names: tuple[str, ...], layer: DecoderLayer, seen: dict[st
     moments = seen[names[0]].inputs.square().mean(0)  # they share their inputs
     change = torch.zeros(seen[names[0]].inputs.shape[0])
     for name, weight in zip(names, weights, strict=True):
-        error = weight - scale_groups(*quantize_mse(weight, BASE, torch.bfloat16, moments))
-        change += ((seen[name].inputs @ error.t()) * seen[name].gradients).sum(-1)
+        pieces = weight.split(ROWS_AT_ONCE), seen[name].gradients.split(ROWS_AT_ONCE, dim=-1)
+        for rows, gradients in zip(*pieces, strict=True):
+            error = rows - scale_groups(*quantize_mse(rows, BASE, torch.bfloat16, moments))
+            change += ((seen[name].inputs @ error.t()) * gradients).sum(-1)
     tokens = seen[names[0]].inputs.shape[0]
     cost = float(change.square().sum(dtype=torch.float64)) / (2 * tokens)
     base = _weight_error(weights, BASE, moments)

@@ -17,12 +17,14 @@ from glm4run.checkpoint.reader import CheckpointReader
 from glm4run.config import parse_config
 from glm4run.errors import BackendError, UsageError
 from glm4run.tokenizer import load_tokenizer
-from glm4run_quantize import quantize_checkpoint
+from glm4run_quantize import importance, job, quantize_checkpoint
 from glm4run_quantize.calibration import read_calibration
+from glm4run_quantize.importance import head_moments
 from glm4run_quantize.layerwise import Layerwise
 from glm4run_quantize.methods import gptq
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.recipes import choose_recipe
+from glm4run_quantize.source_layers import SourceLayers
 from tests.builders import PREFIX, Layout, write_checkpoint
 
 TOKENS = 2048
@@ -75,7 +77,7 @@ def test_streams_are_those_of_the_model(tmp_path: Path, text: Path, layout: Layo
     run = run_of(source, text, "gptq")
     run.schemes = {}
     for index in range(2):
-        run.run_layer(index, run.reader.read)
+        run.run_layer(index, run.layers.reader.read)
     model = load_model(source, dtype="fp32").model
     with torch.inference_mode():
         expected = model.hidden_states(run.calibration.ids)
@@ -87,12 +89,12 @@ def test_streams_are_those_of_the_model(tmp_path: Path, text: Path, layout: Layo
 @pytest.mark.parametrize("layout", ["glm4", "chatglm"])
 def test_folding_leaves_the_layer_as_it_was(tmp_path: Path, text: Path, layout: Layout) -> None:
     run = run_of(write_checkpoint(tmp_path / "source", layout), text, "awq")
-    before = run.layer(0, run.reader.read)
+    before = run.layers.layer(0)
     after = copy.deepcopy(before)
     with torch.no_grad():
         run._fold(0, after)
         assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
-        one, two = run.forward(before, run.source), run.forward(after, run.source)
+        one, two = (run.layers.forward(layer, run.source) for layer in (before, after))
     # The bias of v alone is rounded to the model's dtype; all else is made up for.
     assert float((one - two).norm() / one.norm()) < 2e-3
 
@@ -115,7 +117,7 @@ def test_calibrated_beats_rounding_and_loads(tmp_path: Path, text: Path, method:
     ids = load_model(source).tokenizer.encode(text.read_text())[:200]
     exact = load_model(source, dtype="fp32").logits(ids).log_softmax(-1)
     ours = load_model(tmp_path / "packed", dtype="fp32", backend="reference").logits(ids).log_softmax(-1)
-    quantize_checkpoint(source, tmp_path / "rounded", group_size=32)
+    quantize_checkpoint(source, tmp_path / "rounded", group_size=32, method="rtn")
     rounded = load_model(tmp_path / "rounded", dtype="fp32", backend="reference").logits(ids).log_softmax(-1)
 
     def divergence(other: Tensor) -> float:
@@ -125,6 +127,26 @@ def test_calibrated_beats_rounding_and_loads(tmp_path: Path, text: Path, method:
     assert sorted(load_file(tmp_path / "packed" / "model.safetensors")) == sorted(
         load_file(tmp_path / "rounded" / "model.safetensors")
     )
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_inputs_of_the_head_are_measured_once(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Not for each of its blocks."""
+    calls: list[Tensor] = []
+
+    def counted(layers: SourceLayers, stream: Tensor) -> Tensor:
+        calls.append(head_moments(layers, stream))
+        return calls[-1]
+
+    for module in (importance, job):
+        monkeypatch.setattr(module, "head_moments", counted)
+    monkeypatch.setattr(job, "BLOCK_BYTES", 4096)
+    source = write_checkpoint(tmp_path / "source", dtype=torch.bfloat16)
+    options: dict[str, Any] = {"calibration": text, "calibration_tokens": TOKENS} if method == "gptq" else {}
+    quantize_checkpoint(source, tmp_path / "packed", method=method, **options)
+    assert len(calls) == 1
 
 
 def worse(weight: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -141,7 +163,7 @@ def test_linears_where_the_method_is_worse_are_rounded(
     options: dict[str, Any] = {"calibration": text, "calibration_tokens": TOKENS, "group_size": 32}
     report = quantize_checkpoint(source, tmp_path / "packed", method="gptq", **options)
     assert {t.kept for t in report.tensors if t.name != "lm_head"} == {"rtn"}
-    quantize_checkpoint(source, tmp_path / "rounded", group_size=32)
+    quantize_checkpoint(source, tmp_path / "rounded", group_size=32, method="rtn")
     packed, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "rounded"))
     for name in packed:
         if "layers" in name:
@@ -159,7 +181,7 @@ def test_method_that_is_worse_overall_is_not_written(
     assert any("awq did worse than rounding to nearest" in notice for notice in report.notices)
     record = json.loads((tmp_path / "packed" / "glm4run.json").read_text())
     assert (record["method"], record["calibration"]["held_out"]["kl_mean"]) == ("rtn", 0.5)
-    quantize_checkpoint(source, tmp_path / "rounded", group_size=32)
+    quantize_checkpoint(source, tmp_path / "rounded", group_size=32, method="rtn")
     packed, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "rounded"))
     assert all(torch.equal(packed[name], rounded[name]) for name in rounded)
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from glm4run.kernels.cpu.library import why_missing
 from glm4run.kernels.cpu.rounding import search_and_pack, takes_rounding
+from glm4run.kernels.cpu.rounding import search_scales as native_search
 from glm4run.qformat import pack, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.grid import round_to
-from glm4run_quantize.methods.mse import STEPS, error_weights, quantize_mse
+from glm4run_quantize.methods.mse import STEPS, error_weights, find_scales, search_scales
 from tests.packed_cases import weight_to_round
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native library: {why_missing()}")
@@ -39,7 +40,8 @@ def test_as_good_as_in_torch(shape: tuple[int, int], group_size: int, bits: int,
     result = search_and_pack(weight, scheme, importance, STEPS[bits])
     assert result is not None
     packed, scale, signal, noise = result
-    expected_q, expected_scale = quantize_mse(weight.float(), scheme, dtype, importance)
+    expected_scale = search_scales(weight, scheme, dtype, error_weights(weight, importance))
+    expected_q = round_to(weight, expected_scale, scheme)
     q = round_to(weight.float(), scale, scheme)
     assert torch.equal(packed, pack(q, bits))
     assert scale.dtype == dtype
@@ -60,3 +62,33 @@ def test_weights_that_are_no_numbers_are_seen() -> None:
         weight = torch.ones(3, 64, dtype=torch.bfloat16)
         weight[1, 37] = value
         assert search_and_pack(weight, QuantScheme(8, 32), torch.ones(64), STEPS[8]) is None
+
+
+@pytest.mark.parametrize("by_size", [False, True])
+def test_scales_alone_in_a_dtype_of_their_own(by_size: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = weight_to_round((33, 1280), torch.float32, generator)
+    importance = torch.rand(1280, generator=generator).square()
+    scheme = QuantScheme(4, 64)
+    scale = native_search(weight, scheme, importance, STEPS[4], torch.bfloat16, by_size=by_size)
+    assert scale is not None and scale.dtype == torch.bfloat16
+    counts = error_weights(weight, importance) if by_size else importance.expand_as(weight)
+    expected = search_scales(weight, scheme, torch.bfloat16, counts)
+    assert float((scale == expected).float().mean()) > 0.98
+    errors = [
+        float(((weight - scale_groups(round_to(weight, s, scheme), s)).double().square() * counts).sum())
+        for s in (scale, expected)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_weights_that_the_library_does_not_take_are_searched_in_torch() -> None:
+    weight = torch.randn(4, 72, generator=torch.Generator().manual_seed(6))
+    weight[1, 3] = float("nan")
+    for scheme in (QuantScheme(4, 24), QuantScheme(4, 36)):  # groups that are no multiple of 16
+        found = find_scales(weight[2:], scheme, torch.float32, None, by_size=False)
+        assert torch.equal(found, search_scales(weight[2:], scheme, torch.float32))
+    assert find_scales(weight[:, :64].contiguous(), QuantScheme(4, 32), torch.float32, None, by_size=True).shape == (
+        4,
+        2,
+    )

@@ -13,9 +13,9 @@ from glm4run.config import parse_config, read_json
 from glm4run.qformat import scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.calibration import Calibration
-from glm4run_quantize.layerwise import Layerwise, linear_of
 from glm4run_quantize.methods.mse import quantize_mse
 from glm4run_quantize.sensitivity import BASE, Unit, measure_units, spend
+from glm4run_quantize.source_layers import SourceLayers, linear_of
 from tests.builders import VOCAB, Layout, write_checkpoint
 
 WINDOWS, TOKENS = 4, 96
@@ -25,20 +25,19 @@ WINDOWS, TOKENS = 4, 96
 def divergences(reader: CheckpointReader, calibration: Calibration, units: list[Unit]) -> list[float]:
     """KL divergence from the source with one unit rounded, for each: by running the whole model every time."""
     config = parse_config(read_json(reader.folder / "config.json"), where="")
-    run = Layerwise(reader, config, {}, "rtn", calibration, torch.bfloat16, torch.device("cpu"))
-    run.embed()
-    embedded = run.source
+    layers = SourceLayers(reader, config, TOKENS, torch.device("cpu"))
+    embedded = layers.embed(calibration.ids)
     norm, head = (reader.read(f"{name}.weight").double() for name in ("model.norm", "lm_head"))
 
     def log_probs(rounded: tuple[str, ...]) -> Tensor:
         x = embedded
         for index in range(config.num_hidden_layers):
-            layer = run.layer(index, reader.read)
+            layer = layers.layer(index)
             for module in rounded:
                 if module.startswith(f"model.layers.{index}."):
                     weight = linear_of(layer, module).weight
                     weight.copy_(scale_groups(*quantize_mse(weight, BASE, torch.bfloat16)))
-            x = run.forward(layer, x)
+            x = layers.forward(layer, x)
         wide = x.double()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + config.rms_norm_eps) * norm
         return (normed @ head.t()).log_softmax(-1)

@@ -138,7 +138,7 @@ _SIGNATURES = {
         c_int32,
         (
             *(c_void_p, c_int32, c_int64, c_int64, c_int32, c_int64),
-            *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_double)),
+            *(c_void_p, c_int32, c_void_p, c_int64, c_int32, c_void_p, c_void_p, POINTER(c_double)),
         ),
     ),
     "g4_rms_norm": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p, c_float, c_void_p)),

@@ -3,7 +3,8 @@
 W x = (W s) (x / s) exactly, for any positive s per input channel. The division is folded into whatever makes x: the
 weight of the norm before q, k, v and gate_up; the rows of v before o_proj (query heads that share a KV head share their
 scales); the rows of up before down_proj, which the gated product passes through linearly. s = mean|x|^a, with the a of
-a small grid that leaves the least error in the linear's output. Source: AWQ, arXiv 2306.00978.
+a small grid that leaves the least error in the linear's output. Source: AWQ, arXiv 2306.00978; there every a is judged
+by rounding to nearest, here by `mse`, which the scaled weights will be packed by.
 
 Norm weights are stored in the model's dtype: they are rounded first, and the linears take up what the rounded ones
 really divide by, so that folding itself costs nothing.
@@ -19,7 +20,7 @@ from torch import Tensor
 from glm4run.model import DecoderLayer
 from glm4run.qformat import scale_groups
 from glm4run.quant_config import QuantScheme
-from glm4run_quantize.methods.rtn import quantize_rtn
+from glm4run_quantize.methods.mse import quantize_mse
 
 EXPONENTS = tuple(i / 10 for i in range(11))  # 0 leaves all as it is
 
@@ -38,6 +39,7 @@ def choose_scale(
     """
     magnitude = x.abs().mean(0).unflatten(0, (-1, shared, width)).mean(1, keepdim=True).expand(-1, shared, -1).flatten()
     magnitude = magnitude.clamp(min=1e-4 * float(magnitude.mean()) + 1e-12)
+    moments = x.square().mean(0)
     best, lowest = torch.ones_like(magnitude), float("inf")
     for exponent in EXPONENTS:
         scale = magnitude.pow(exponent)
@@ -46,7 +48,9 @@ def choose_scale(
             scale = torch.ones_like(scale)
         error = 0.0
         for weight, scheme in zip(weights, schemes, strict=True):
-            restored = scale_groups(*quantize_rtn(weight * scale, scheme, scale_dtype)) / scale
+            restored = (
+                scale_groups(*quantize_mse(weight * scale, scheme, scale_dtype, moments / scale.square())) / scale
+            )
             error += float((x @ (weight - restored).t()).square().sum(dtype=torch.float64))
         if error < lowest:
             best, lowest = scale, error

@@ -15,20 +15,17 @@ to the weight that comes closest to the source's output from the input at hand: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor
 
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.grid import bounds, in_groups, stored
-from glm4run_quantize.methods.mse import search_scales
+from glm4run_quantize.methods.mse import find_scales
+from glm4run_quantize.methods.rows import on_all_cores
 
 DAMPING = 0.05  # of the mean diagonal of H, added to it; 0.01 fits the calibration text too closely
 BLOCK = 128  # columns whose mutual updates are applied at once
 ROUNDS = 3
-ROWS_AT_ONCE = 1024  # so that a block of columns stays in the cache
 REFIT_BYTES = 128 << 20
 SCALE_RIDGE = 1e-6
 
@@ -70,7 +67,7 @@ def quantize_gptq(
     factor = _inverse_factor(hessian, order)
 
     def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = search_scales(rows, scheme, scale_dtype, diagonal)
+        scale = find_scales(rows, scheme, scale_dtype, diagonal, by_size=False)
         q = _sweep(rows, factor, order, scale, scheme)
         for _ in range(rounds):
             fitted = [
@@ -81,24 +78,7 @@ def quantize_gptq(
             q = _descend(rows, hessian, q, scale, scheme)
         return q, scale
 
-    steps, scales = zip(*_on_all_cores(round_rows, weight), strict=True)
-    return torch.cat(steps), torch.cat(scales)
-
-
-def _on_all_cores(round_rows: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows have nothing to do with each other: each core takes some of its own.
-
-    Left to torch, all cores would share each of the thousands of small steps, and wait for one another after every one;
-    where another program holds a core, that takes many times as long as a single thread.
-    """
-    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
-    if threads == 1:
-        return [round_rows(rows) for rows in weight.split(ROWS_AT_ONCE)]
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(round_rows, weight.split(min(ROWS_AT_ONCE, -(-weight.shape[0] // threads)))))
-    finally:
-        torch.set_num_threads(threads)
+    return on_all_cores(round_rows, weight)
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.grid import bounds, in_groups, round_to, stored
-from glm4run_quantize.methods.mse import error_weights, search_scales
+from glm4run_quantize.methods.mse import error_weights, find_scales
 
 NORM = 0.7
 PENALTY, PENALTY_GROWTH = 200.0, 1.15
@@ -30,7 +30,7 @@ def quantize_hqq(
     h = in_groups(weights, scheme)
     # The published penalty is meant for weights as they are; ours are brought to one spread, so that it fits any model.
     spread = grouped.square().mean().sqrt().clamp(min=1e-12) * 8
-    best = search_scales(weight, scheme, scale_dtype, weights).unsqueeze(-1)
+    best = find_scales(weight, scheme, scale_dtype, importance, by_size=True).unsqueeze(-1)
     scale, lowest = best.float(), _cost(grouped, best.float(), spread, h, low, high)
     penalty = PENALTY
     for _ in range(ROUNDS):

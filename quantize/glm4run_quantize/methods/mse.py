@@ -14,8 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glm4run.kernels.cpu.rounding import search_scales as native_search
+from glm4run.kernels.cpu.rounding import takes_rounding
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.grid import bounds, in_groups, round_to, stored
+from glm4run_quantize.methods.rows import on_all_cores
 
 # Where the largest weight may land, in steps; a candidate of either sign each. Found on a real model's weights. At 8
 # bits a scale a few percent larger costs next to nothing, and some lie better for the weights that count most.
@@ -27,8 +30,12 @@ def quantize_mse(
     weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """weight [N, K] to (q int8 [N, K], scale [N, G] in `scale_dtype`); `importance` is [K], all alike where None."""
-    scale = search_scales(weight, scheme, scale_dtype, error_weights(weight, importance))
-    return round_to(weight, scale, scheme), scale
+
+    def of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = find_scales(rows, scheme, scale_dtype, importance, by_size=True)
+        return round_to(rows, scale, scheme), scale
+
+    return on_all_cores(of_rows, weight)
 
 
 def error_weights(weight: Tensor, importance: Tensor | None) -> Tensor:
@@ -36,6 +43,21 @@ def error_weights(weight: Tensor, importance: Tensor | None) -> Tensor:
     wide = weight.float()
     sizes = (wide.square().mean(-1, keepdim=True) + wide.square()).sqrt_()
     return sizes if importance is None else sizes * importance
+
+
+def find_scales(
+    weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype, importance: Tensor | None, *, by_size: bool
+) -> Tensor:
+    """The scales [N, G]: by the native library where it takes the weight, else by `search_scales`.
+
+    An error counts by `importance` [K] alone, or `by_size` of its weight as well.
+    """
+    if takes_rounding(weight, scheme):
+        counts = torch.ones(weight.shape[1]) if importance is None else importance
+        found = native_search(weight, scheme, counts, STEPS[scheme.bits], scale_dtype, by_size=by_size)
+        if found is not None:
+            return found
+    return search_scales(weight, scheme, scale_dtype, error_weights(weight, importance) if by_size else importance)
 
 
 def search_scales(

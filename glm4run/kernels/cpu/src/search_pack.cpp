@@ -50,15 +50,18 @@ G4_INSIDE float error_of(const float* w, const float* h, int64_t group, float sc
 
 } // namespace
 
-// weight [rows, columns] in `dtype`, contiguous; importance [columns]; candidates: `count` numbers of steps that a group's
-// largest weight may land on; scale [rows, columns / group] in the weights' dtype; packed: the rows' words, one after the
-// other. sums[0] and sums[1] become the sums of squares of the weights and of what rounding changed. `columns` is a
-// multiple of `group`, and `group` of 16, at most 128. Returns 1 where a weight is NaN or infinite.
+// weight [rows, columns] in `dtype`, contiguous; importance [columns]: how much a squared error counts there, by_size = 1:
+// times sqrt(s^2 + w^2), with s the spread of the row; candidates: `count` numbers of steps that a group's largest weight
+// may land on; scale [rows, columns / group] in `scale_dtype`; packed: the rows' words, one after the other, or null where
+// scales are all that is wanted. sums[0] and sums[1] become the sums of squares of the weights and of what rounding changed.
+// `columns` is a multiple of `group`, and `group` of 16, at most 128. Returns 1 where a weight is NaN or infinite.
 G4_API G4_CLONES int32_t g4_search_pack(
     const uint8_t* weight, int32_t dtype, int64_t rows, int64_t columns, int32_t bits, int64_t group,
-    const float* importance, const float* candidates, int64_t count, uint8_t* scale, uint8_t* packed, double* sums) {
+    const float* importance, int32_t by_size, const float* candidates, int64_t count, int32_t scale_dtype, uint8_t* scale,
+    uint8_t* packed, double* sums) {
     if (group > MAX_GROUP || group % LANES != 0 || columns % group != 0) return 2;
     const int64_t element = dtype == G4_FP32 ? 4 : 2, groups = columns / group;
+    const int64_t scale_element = scale_dtype == G4_FP32 ? 4 : 2;
     const Limits limits = {-float(1 << (bits - 1)), float((1 << (bits - 1)) - 1)};
     double signal = 0, noise = 0;
     float w[MAX_GROUP], h[MAX_GROUP], hw[MAX_GROUP], found[2];
@@ -83,7 +86,8 @@ G4_API G4_CLONES int32_t g4_search_pack(
             while ((bits_of(w[where]) & 0x7FFFFFFF) != size) where++;
             const float largest = w[where];
             for (int64_t i = 0; i < group; i++) {
-                h[i] = sqrtf(spread + w[i] * w[i]) * importance[g * group + i];
+                const float counts = importance[g * group + i];
+                h[i] = by_size ? sqrtf(spread + w[i] * w[i]) * counts : counts;
                 hw[i] = h[i] * w[i];
             }
             float best = 1.0f, gain = -1.0f;
@@ -96,22 +100,22 @@ G4_API G4_CLONES int32_t g4_search_pack(
                     best = found[0] / found[1];
                 }
             }
-            uint8_t* out = scale + at * element;
-            float kept = store_scale(best, dtype, out);
+            uint8_t* out = scale + at * scale_element;
+            float kept = store_scale(best, scale_dtype, out);
             float lowest = error_of(w, h, group, kept, limits);
             for (int32_t refit = 0; refit < REFITS; refit++) {
                 fit(w, h, hw, group, 1.0f / kept, limits, found);
                 uint8_t again[4];
-                const float fitted = store_scale(found[1] > 0 ? found[0] / found[1] : kept, dtype, again);
+                const float fitted = store_scale(found[1] > 0 ? found[0] / found[1] : kept, scale_dtype, again);
                 const float error = error_of(w, h, group, fitted, limits);
                 if (error < lowest) {
                     lowest = error;
                     kept = fitted;
-                    memcpy(out, again, size_t(element));
+                    memcpy(out, again, size_t(scale_element));
                 }
             }
             noise += round_group(w, group, kept, bits, steps);
-            pack_group(steps, group, bits, packed + at * group * bits / 8);
+            if (packed) pack_group(steps, group, bits, packed + at * group * bits / 8);
         }
     }
     sums[0] = signal;
