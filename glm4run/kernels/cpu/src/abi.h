@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 7
+#define GLM4RUN_ABI 8
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
