@@ -137,8 +137,8 @@ class HeldContext:
 class SharedContexts:
     """The caches of a batch. Each keeps the prompt that it last held, so that the next one begins with what it shares.
 
-    Only what was read as a prompt is shared, and where chunks show in the last bits only whole chunks
-    (`LoadedModel.cut_unit`): so an answer is the same to the bit as alone.
+    Only what was read as a prompt is shared, where chunks show in the last bits only whole chunks (`cut_unit` of the
+    model), and of a long prompt not the last tokens (`read_together`): so an answer is the same to the bit as alone.
     """
 
     def __init__(self, model: LoadedModel, capacity: int | None = None) -> None:
@@ -149,10 +149,10 @@ class SharedContexts:
 
     def take(self, ids: Sequence[int]) -> tuple[HeldContext, int]:
         """A context for a prompt, and how many of its tokens are in there already."""
-        unit = self.model.cut_unit
+        unit, rest = self.model.cut_unit, self.model.read_together(len(ids))
         best, shared = None, 0
         for held in (*self._idle, *self._busy):
-            count = min(held.context.shares(ids, unit), held.prompt_tokens // unit * unit)
+            count = min(held.context.shares(ids, unit, rest), held.prompt_tokens // unit * unit)
             if count > shared:
                 best, shared = held, count
         if best is not None and best in self._idle:

@@ -267,18 +267,20 @@ class Generation:
     def _read(self, new: list[int], on_prefill: Callable[[int, int], None] | None) -> Tensor:
         started = time.perf_counter()
         logits: Tensor | None = None
-        size = self.owner.plan.chunk
+        size, first = self.owner.plan.chunk, 0
+        together = self.owner.read_together(len(self.context.ids) + len(new))
         if on_prefill is not None and len(new) > size:
             on_prefill(0, len(new))
-        for first in range(0, len(new), size):
-            chunk = new[first : first + size]
+        while first < len(new):
+            chunk = new[first : first + _next_chunk(len(new) - first, size, together)]
             if first + len(chunk) < len(new):
                 self.owner.model.hidden_states(self.owner.tensor(chunk), self.context.cache)
             else:
                 logits = self.owner.model(self.owner.tensor(chunk), self.context.cache)[-1]
             self.context.ids += chunk  # only after the cache holds them: an interrupt must not tear the two apart
+            first += len(chunk)
             if on_prefill is not None:
-                on_prefill(first + len(chunk), len(new))
+                on_prefill(first, len(new))
         self.timings.prefill_s += time.perf_counter() - started
         self.timings.prefill_tokens += len(new)
         assert logits is not None  # a prompt is never empty
@@ -336,3 +338,9 @@ class Generation:
 def _masked(logits: Tensor, allowed: Tensor | None) -> Tensor:
     """Logits [V] with all that is not allowed at minus infinity."""
     return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+
+def _next_chunk(left: int, size: int, together: int) -> int:
+    """How many of `left` tokens to read next: at most `size`, and so that the last ones are at least `together`."""
+    behind = left - size
+    return size - (together - behind) if 0 < behind < together < size else min(size, left)

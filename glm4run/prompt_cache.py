@@ -90,10 +90,12 @@ class PromptCache:
     def recall(self, context: Context, prompt: Sequence[int]) -> int:
         """Loads what is kept of `prompt` behind what the cache shares with it; returns how many tokens.
 
-        The last token is always left to compute: it gives the logits.
+        The last token is always left to compute: it gives the logits. Of a long prompt some more are
+        (`LoadedModel.read_together`).
         """
         cache = context.cache
-        wanted = list(prompt[: min(len(prompt) - 1, cache.capacity)])
+        rest = self.model.read_together(len(prompt))
+        wanted = list(prompt[: min(len(prompt) - rest, cache.capacity)])
         have = common_prefix(context.ids[: cache.position], prompt)
         if len(wanted) - have < MIN_TOKENS or not self.folder.is_dir():
             return 0

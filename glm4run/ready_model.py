@@ -17,6 +17,7 @@ from glm4run.chat_format import Message, encode_chat
 from glm4run.config import ModelConfig
 from glm4run.dialects import Dialect
 from glm4run.errors import DoesNotFitError, UsageError
+from glm4run.kernels.cpu.ops import FEW_TOKENS, ONE_STRETCH
 from glm4run.key_offset import key_offsets
 from glm4run.kv_cache import KVCache
 from glm4run.later_layout import LaterLayout
@@ -123,6 +124,14 @@ class ReadyModel:
         """
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         return 1 if self.backend == "native" and attends_natively(heads, kv_heads) else self.plan.chunk
+
+    def read_together(self, prompt_tokens: int) -> int:
+        """Of how many tokens at least a cut must leave a prompt's rest, and chunks must be, for the same reason.
+
+        Deep in a context attention adds up a few tokens by stretches and many by blocks, which rounds differently. A
+        prompt's are always many.
+        """
+        return FEW_TOKENS + 1 if self.cut_unit == 1 and prompt_tokens > ONE_STRETCH else 1
 
     @cached_property
     def step_costs(self) -> StepCosts:

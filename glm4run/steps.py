@@ -71,9 +71,9 @@ class Context:
     cache: KVCache
     ids: list[int] = field(default_factory=list)
 
-    def shares(self, prompt: Sequence[int], unit: int = 1) -> int:
-        """How many tokens of `prompt` the cache holds at its beginning, a multiple of `unit`; never all of them."""
-        held = self.ids[: min(self.cache.position, len(prompt) - 1)]
+    def shares(self, prompt: Sequence[int], unit: int = 1, rest: int = 1) -> int:
+        """How many tokens of `prompt` the cache holds at its beginning, a multiple of `unit`; never the last `rest`."""
+        held = self.ids[: max(0, min(self.cache.position, len(prompt) - rest))]
         return common_prefix(held, prompt) // unit * unit
 
     def begin_with(self, other: Context, count: int) -> None:

@@ -17,7 +17,7 @@ from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
 MAX_QUANTIZED_HEAD = 512  # of src/layer_ops.cpp
-FEW_TOKENS = 8  # of src/layer_ops.cpp
+FEW_TOKENS, ONE_STRETCH = 8, 256  # tokens and positions, of src/layer_ops.cpp
 
 
 def runs(*tensors: Tensor) -> bool:
