@@ -5,8 +5,10 @@ Nothing here uses a kernel: what a weight stands for is computed in float64 from
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +49,16 @@ def case_of(q: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantSc
         packed_zero_point = pack_zero_points(zero_point, scheme.bits)
     dense = (centred * scale.double()[..., None]).reshape(N, K)
     return Case(PackedWeight(pack(q, scheme.bits), scale, packed_zero_point, N, K, scheme), dense)
+
+
+each_weight_to_round = pytest.mark.parametrize(
+    ("shape", "group_size", "bits", "dtype"),
+    list(
+        itertools.product(
+            [(1, 128), (7, 384), (33, 1280)], [32, 64, 128], [4, 8], [torch.float32, torch.bfloat16, torch.float16]
+        )
+    ),
+)
 
 
 def weight_to_round(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

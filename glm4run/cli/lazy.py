@@ -49,7 +49,7 @@ class _FewConversions:
         """As the parser's own. The help and completion options are among the parameters by now."""
         for parameter in self.get_params(ctx):  # type: ignore[attr-defined]  # of the parser's class beside this one
             _convert_only_what_must_be(parameter)
-        rest: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        rest: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]  # likewise
         return rest
 
 

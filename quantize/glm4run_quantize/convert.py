@@ -190,11 +190,11 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.source, self.reader, self.config, self.raw = source, reader, config, raw
-        self.options, self.method, self.recipe, self.calibration = options, options.method, recipe, calibration
+        self.options, self.recipe, self.calibration = options, recipe, calibration
         self.files = sorted({s.entry.file for s in reader.sources.values()})
         schemes = recipe.schemes(config)
         # What a calibrated method leaves to others (the head) gets the best that needs no calibration.
-        rounding = UNCALIBRATED[self.method if self.method in UNCALIBRATED else "mse"]
+        rounding = UNCALIBRATED[options.method if options.method in UNCALIBRATED else "mse"]
         self.job = Job(reader, config, schemes, rounding, progress)
         self.plain = Job(reader, config, schemes, UNCALIBRATED["rtn"], progress)
 
@@ -207,10 +207,10 @@ class _Run:
             "files": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in self.files],
             "groups": self.recipe.config_groups(),
             "ignore": self.recipe.ignore,
-            "method": self.method,
+            "method": self.options.method,
             "device": self.options.device,
             "native": why_missing() is None,  # its search of scales may differ from torch's where two are alike
-            "threads": torch.get_num_threads() if self.method in CALIBRATED else 0,  # sums depend on it
+            "threads": torch.get_num_threads() if self.options.method in CALIBRATED else 0,  # sums depend on it
             "calibration": None if self.calibration is None else self.calibration.as_json(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -222,7 +222,7 @@ class _Run:
             folder = folder.parent
         free = shutil.disk_usage(folder).free
         needed = max(0, self.job.total_bytes - resumable_bytes(output, self.fingerprint)) + DISK_MARGIN_BYTES
-        if self.method in CALIBRATED and self.calibration is not None:
+        if self.options.method in CALIBRATED and self.calibration is not None:
             # Two states of the streams, of three streams at most, while one replaces the other.
             needed += 2 * 3 * 4 * self.calibration.ids.numel() * self.config.hidden_size
         if free < needed:
@@ -246,7 +246,7 @@ class _Run:
 
     def _write_tensors(self, working: Path) -> QuantizeReport:
         journal = Journal(working, self.fingerprint)
-        method, notices = self.method, []
+        method, notices = self.options.method, []
         held_out = None
         if method in CALIBRATED:
             try:
@@ -286,12 +286,12 @@ class _Run:
             self.reader,
             self.config,
             self.recipe.schemes(self.config),
-            self.method,
+            self.options.method,
             self.calibration,
             TORCH_DTYPES[self.job.model_dtype],
             torch.device(self.options.device),
         )
-        tensors, layers = self.job.write(working, self._metadata(self.method), journal, layerwise)
+        tensors, layers = self.job.write(working, self._metadata(self.options.method), journal, layerwise)
         held_out = HeldOut(self.calibration.as_json(), tuple(layers), *layerwise.held_out_divergence())
         if held_out.kl_mean > held_out.kl_mean_rtn:
             raise _WorseThanRounding(held_out)

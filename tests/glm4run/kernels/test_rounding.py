@@ -5,20 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glm4run.kernels.cpu.library import why_missing
 from glm4run.kernels.cpu.rounding import round_and_pack, takes_rounding
 from glm4run.qformat import pack, scale_groups
 from glm4run.quant_config import QuantScheme
 from glm4run_quantize.methods.rtn import quantize_rtn
-from tests.packed_cases import weight_to_round
+from tests.native_library import needs_library
+from tests.packed_cases import each_weight_to_round, weight_to_round
 
-pytestmark = pytest.mark.skipif(why_missing() is not None, reason=f"no native library: {why_missing()}")
+pytestmark = needs_library
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("shape", [(1, 128), (7, 384), (33, 1280)])
+@each_weight_to_round
 def test_same_bytes_as_in_torch(shape: tuple[int, int], group_size: int, bits: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(shape[0] + group_size + bits)
     weight = weight_to_round(shape, dtype, generator)
