@@ -402,12 +402,13 @@ inline void round_pairs(Float a, Float b, Float inverse, int16_t* out) {
     memcpy(out, words, sizeof words);
 }
 
-// Per lane the largest magnitude's step at 15 bits, and its inverse: 0 where there is nothing. NaN stays in the step.
-inline void steps_of(const float* largest, float* step, float* inverse) {
+// Per lane the step of which the largest magnitude has `most`, and its inverse: 0 where there is nothing. NaN stays in the
+// step.
+inline void steps_of(const float* largest, float most, float* step, float* inverse) {
     for (int64_t l = 0; l < LANES; l++) {
         const bool something = largest[l] > 1e-30f;
-        step[l] = something || largest[l] != largest[l] ? largest[l] * (1.0f / 32767.0f) : 0.0f;
-        inverse[l] = something ? 32767.0f / largest[l] : 0.0f;
+        step[l] = something || largest[l] != largest[l] ? largest[l] * (1.0f / most) : 0.0f;
+        inverse[l] = something ? most / largest[l] : 0.0f;
     }
 }
 
@@ -420,21 +421,27 @@ struct IntQueries {
 
 constexpr int64_t INT_QUERY_FLOATS = (2 + MAX_GROUPS) * LANES; // beside the pairs; what belongs to weights is last
 
+// The step of queries [D][16] of which the largest has `most`, and its inverse. NaN where one is not finite.
+inline void largest_query(const float* query, int64_t head_dim, float most, float* step, float* inverse) {
+    const Float minus = Isa::set1(-1.0f);
+    Float top = Isa::zero(), odd = Isa::zero();
+    for (int64_t d = 0; d < head_dim; d++) {
+        const Float x = Isa::load(query + d * LANES);
+        top = Isa::max(top, Isa::max(x, Isa::mul(x, minus)));
+        odd = Isa::fma(x, Isa::zero(), odd); // NaN once anything is not finite
+    }
+    float largest[LANES], finite[LANES];
+    Isa::store(largest, top);
+    Isa::store(finite, odd);
+    steps_of(largest, most, step, inverse);
+    for (int64_t l = 0; l < LANES; l++) step[l] = finite[l] == 0.0f ? step[l] : float_of(0x7FC00000);
+}
+
 // Turns queries float [D][16] into integers at the same place; `beside` takes their steps and sums.
 inline void round_queries(float* query, const CacheRows& keys, float* beside) {
     const int64_t D = keys.head_dim, half = keys.group / 2;
-    const Float minus = Isa::set1(-1.0f);
-    Float most = Isa::zero(), odd = Isa::zero();
-    for (int64_t d = 0; d < D; d++) {
-        const Float x = Isa::load(query + d * LANES);
-        most = Isa::max(most, Isa::max(x, Isa::mul(x, minus)));
-        odd = Isa::fma(x, Isa::zero(), odd); // NaN once anything is not finite
-    }
-    float largest[LANES], inverse[LANES], finite[LANES];
-    Isa::store(largest, most);
-    Isa::store(finite, odd);
-    steps_of(largest, beside, inverse);
-    for (int64_t l = 0; l < LANES; l++) beside[l] = finite[l] == 0.0f ? beside[l] : float_of(0x7FC00000);
+    float inverse[LANES];
+    largest_query(query, D, 32767.0f, beside, inverse);
     int16_t* pairs = reinterpret_cast<int16_t*>(query);
     const Float factor = Isa::load(inverse);
     for (int64_t i = 0; i < D / 2; i++) { // in place: a pair of rows becomes half a row, which lies before it
@@ -507,7 +514,7 @@ struct IntWeights {
         Isa::store(scaled + count * LANES, Isa::zero());
         Isa::store(largest, most);
         Isa::store(minimum, minima);
-        steps_of(largest, step, inverse);
+        steps_of(largest, 32767.0f, step, inverse);
         const Float factor = Isa::load(inverse);
         for (int64_t s = 0; s < count; s += 2)
             round_pairs(Isa::load(scaled + s * LANES), Isa::load(scaled + (s + 1) * LANES), factor, pairs + s * LANES);
@@ -533,31 +540,34 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
     }
 }
 
-// The same where an instruction multiplies 16 lanes of pairs: rows are met where they lie, as those of bf16 are.
+// The same where an instruction multiplies 16 lanes of four bytes, or of two 16-bit integers.
+//
+// Rows of 8 bits with one scale are met as bytes, by queries and weights that are rounded to bytes too, which makes twice as
+// many products in an instruction as 16 bits. A query's rounding then weighs as much as that of the keys. Weights are rounded
+// to 255 steps of the largest in their block, up or down by what `DITHER` adds to their positions, so that many small ones
+// are not lost but keep their sum.
+constexpr float DITHER[16] = {1 / 32.f,  17 / 32.f, 9 / 32.f,  25 / 32.f, 5 / 32.f, 21 / 32.f, 13 / 32.f, 29 / 32.f,
+                              3 / 32.f, 19 / 32.f, 11 / 32.f, 27 / 32.f, 7 / 32.f, 23 / 32.f, 15 / 32.f, 31 / 32.f};
+
 template <typename I>
 struct IntTiles {
-    static constexpr int64_t MAX_KEY = 512;
-
-    // Whether keys are met as bytes, of which a lane adds four products, by the upper and the lower bytes of queries.
-    static bool takes_keys(const CacheRows& keys) {
-        return I::INT_TILES && keys.bits == 8 && keys.group == keys.head_dim && keys.head_dim % 64 == 0;
+    static bool in_bytes(const CacheRows& rows) {
+        return I::INT_TILES && rows.bits == 8 && rows.group == rows.head_dim && rows.head_dim % 64 == 0;
     }
-    static bool takes_values(const CacheRows& values) {
-        return I::INT_TILES && in_pairs(values) && values.group % LANES == 0;
+    static bool in_fours(const CacheRows& values) {
+        return I::INT_TILES && values.bits == 4 && in_pairs(values) && values.group % LANES == 0;
     }
 
-    // Queries as 16-bit pairs [D / 2][16][2] to bytes [D / 4][upper, lower][16][4] at the same place, made unsigned.
-    static void split(int16_t* pairs, int64_t head_dim) {
-        for (int64_t i = 0; i < head_dim / 4; i++, pairs += 4 * LANES) {
-            uint32_t two[2 * LANES], upper[LANES], lower[LANES];
-            memcpy(two, pairs, sizeof two);
-            for (int64_t l = 0; l < LANES; l++) {
-                const uint32_t a = two[l] ^ 0x80008000, b = two[LANES + l] ^ 0x80008000;
-                upper[l] = (a >> 8 & 0xFF) | (a >> 16 & 0xFF00) | (b << 8 & 0xFF0000) | (b & 0xFF000000);
-                lower[l] = (a & 0xFF) | (a >> 8 & 0xFF00) | (b << 16 & 0xFF0000) | (b << 8 & 0xFF000000);
-            }
-            memcpy(pairs, upper, sizeof upper);
-            memcpy(pairs + 2 * LANES, lower, sizeof lower);
+    // Queries [D][16] to unsigned bytes [D / 4][16][4] at the same place, 128 above what they stand for; and their steps.
+    static void round_queries(float* query, int64_t head_dim, float* step) {
+        float inverse[LANES];
+        largest_query(query, head_dim, 127.0f, step, inverse);
+        const float more[4] = {128.5f, 128.5f, 128.5f, 128.5f}; // of which the whole part is rounded to nearest
+        uint8_t* bytes = reinterpret_cast<uint8_t*>(query);
+        for (int64_t d = 0; d < head_dim; d += 4) { // in place: four rows become one, which does not lie behind them
+            const float* rows = query + d * LANES;
+            const Float four[4] = {Isa::load(rows), Isa::load(rows + LANES), Isa::load(rows + 2 * LANES), Isa::load(rows + 3 * LANES)};
+            I::four_bytes(four, Isa::load(inverse), more, bytes + d * LANES);
         }
     }
 
@@ -566,7 +576,7 @@ struct IntTiles {
                                          const float* scale, Ahead& ahead, Float highest, float* scores) {
         Int dots[N];
         I::template dot_bytes<N>(query, rows, D != 0 ? D : head_dim, head_dim / 4, ahead, dots);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int t = 0; t < N; t++) {
             const Float x = Isa::mul(Isa::to_float(Isa::int_sub(dots[t], Isa::int_set1(excess[t]))), Isa::set1(scale[t]));
             highest = Isa::max(highest, x);
@@ -581,43 +591,83 @@ struct IntTiles {
                         const BlockScales& k, int64_t count, Ahead& ahead, float* out) {
         Float highest = Isa::set1(LOWEST);
         int64_t s = 0;
-        for (; s + 8 <= count; s += 8)
-            highest = score<8, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+        for (; s + 16 <= count; s += 16)
+            highest = score<16, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+        for (; s + 4 <= count; s += 4)
+            highest = score<4, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s < count; s++)
             highest = score<1, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
         return highest;
     }
 
-    // Scores [count][16] to weights 2^(factor * score - shift) in place. They stay floats where a row has more than a
-    // scale; else they are multiplied by it and rounded to pairs. Returns the highest weight; or what an integer stands for.
-    // A step is that of the highest weight beside the largest scale, so that it is known before either.
-    [[gnu::noinline]] static Float weights(float* scores, const BlockScales& v, int64_t count, Float factor, Float shift, Float highest,
-                         float* sums) {
+    // Scores [count][16] to weights 2^(factor * score - shift), times the scales of their values, as bytes
+    // [(count + 3) / 4][16][4] at the same place. Returns what a byte's step stands for, of which the highest weight beside
+    // the largest scale has no more than 254.5.
+    [[gnu::noinline]] static Float byte_weights(float* scores, const BlockScales& v, int64_t count, Float factor, Float shift,
+                                                Float highest, float* sums) {
         const Float minus = Isa::mul(shift, Isa::set1(-1.0f)), top = I::exp2_of(Isa::add(highest, minus));
-        const auto weight = [&](int64_t s) { return I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, minus)); };
-        Float total = Isa::zero();
-        if (v.groups > 1 || v.four) {
-            for (int64_t s = 0; s < count; s++) {
-                const Float w = weight(s);
-                total = Isa::add(total, w);
-                Isa::store(scores + s * LANES, w);
-            }
-            Isa::store(sums, Isa::add(Isa::load(sums), total));
-            return top;
-        }
         float largest[LANES], step[LANES], inverse[LANES];
         Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, 0, count))));
-        steps_of(largest, step, inverse);
+        steps_of(largest, 254.5f, step, inverse);
         const Float factors = Isa::load(inverse);
-        int16_t* pairs = reinterpret_cast<int16_t*>(scores);
-        for (int64_t s = 0; s < count; s += 2) {
-            const Float a = weight(s), b = s + 1 < count ? weight(s + 1) : Isa::zero();
-            total = Isa::add(total, Isa::add(a, b));
-            I::int_pairs(Isa::mul(a, Isa::set1(v.at(s, 0)[0])), Isa::mul(b, Isa::set1(v.at(s + (s + 1 < count), 0)[0])),
-                         factors, pairs + s * LANES);
+        uint8_t* bytes = reinterpret_cast<uint8_t*>(scores);
+        Float total = Isa::zero();
+        for (int64_t s = 0; s < count; s += 4) {
+            Float weight[4];
+            float more[4];
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < 4; k++) {
+                const bool there = s + k < count;
+                const Float one = there ? I::exp2_of(Isa::fma(Isa::load(scores + (s + k) * LANES), factor, minus)) : Isa::zero();
+                total = Isa::add(total, one);
+                weight[k] = there ? Isa::mul(one, Isa::set1(v.at(s + k, 0)[0])) : one;
+                more[k] = DITHER[(s + k) % 16];
+            }
+            I::four_bytes(weight, factors, more, bytes + s * LANES);
         }
         Isa::store(sums, Isa::add(Isa::load(sums), total));
         return Isa::load(step);
+    }
+
+    // A block of values, four rows side by side [(count + 3) / 4][D][4]. In the place of missing ones is another: their
+    // weights are 0.
+    static void four_rows(const CacheRows& values, int64_t first, int64_t count, uint8_t* out) {
+        const int64_t D = values.head_dim;
+        const uint8_t* rows = values.data + first * D;
+        for (int64_t s = 0; s < count; s += 4, rows += 4 * D, out += 4 * D) {
+            const uint8_t* four[4];
+            for (int64_t k = 0; k < 4; k++) four[k] = rows + (s + k < count ? k : 0) * D;
+            I::fours(four, D, out);
+        }
+    }
+
+    // out [D][16] += weights times values, as the two functions above leave them.
+    static void weigh_bytes(const uint8_t* weights, Float step, const uint8_t* values, int64_t head_dim, int64_t count,
+                            Ahead& ahead, float* out) {
+        for (int64_t d = 0; d < head_dim; d += LANES)
+            byte_tile(weights, step, values + I::four_place(d), 4 * head_dim, (count + 3) / 4, ahead, out + d * LANES);
+    }
+    [[gnu::noinline]] static void byte_tile(const uint8_t* weights, Float step, const uint8_t* values, int64_t stride, int64_t fours,
+                                            Ahead& ahead, float* out) {
+        Int sums[LANES];
+        I::weigh_bytes(weights, values, stride, fours, ahead, sums);
+#pragma GCC unroll 16
+        for (int c = 0; c < LANES; c++)
+            Isa::store(out + c * LANES, Isa::fma(Isa::to_float(sums[c]), step, Isa::load(out + c * LANES)));
+    }
+
+    // Scores [count][16] to weights 2^(factor * score - shift) in place. Returns the highest, of which a step of integers is
+    // made before they are met.
+    [[gnu::noinline]] static Float weights(float* scores, int64_t count, Float factor, Float shift, Float highest, float* sums) {
+        const Float minus = Isa::mul(shift, Isa::set1(-1.0f));
+        Float total = Isa::zero();
+        for (int64_t s = 0; s < count; s++) {
+            const Float weight = I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, minus));
+            total = Isa::add(total, weight);
+            Isa::store(scores + s * LANES, weight);
+        }
+        Isa::store(sums, Isa::add(Isa::load(sums), total));
+        return I::exp2_of(Isa::add(highest, minus));
     }
 
     // NaN where one is not finite: as integers those are the largest.
@@ -636,7 +686,7 @@ struct IntTiles {
     static void round(const float* weights, const BlockScales& v, int64_t g, int64_t count, Float top, IntWeights& w) {
         float largest[LANES], inverse[LANES];
         Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, g, count))));
-        steps_of(largest, w.step, inverse);
+        steps_of(largest, 32767.0f, w.step, inverse);
         const Float factor = Isa::load(inverse);
         Float minima = Isa::zero();
         for (int64_t s = 0; s < count; s += 2) {
@@ -649,33 +699,22 @@ struct IntTiles {
         Isa::store(w.minimum, minima);
     }
 
-    // out [16][D] += weights times a block of values. `top` is what `weights` gave.
+    // out [16][D] += weights times a block of values of 4 bits. `top` is what `weights` gave.
     static void weigh(const float* weights, Float top, const BlockScales& v, const CacheRows& values, int64_t first,
                       int64_t count, Ahead& ahead, float* out) {
         const int64_t D = values.head_dim;
         const uint8_t* rows = values.data + first * values.row_bytes();
         IntWeights w;
         for (int64_t g = 0; g < v.groups; g++) {
-            if (v.groups > 1 || v.four) {
-                round(weights, v, g, count, top, w);
-            } else {
-                memcpy(w.pairs, weights, size_t((count + 1) / 2 * 4 * LANES));
-                Isa::store(w.step, top);
-                Isa::store(w.minimum, Isa::zero());
-            }
-            for (int64_t d = g * v.group; d < (g + 1) * v.group; d += LANES) {
-                if (values.bits == 8)
-                    weigh_tile<8>(w, rows + d, values.row_bytes(), count, ahead, D, out + d);
-                else
-                    weigh_tile<4>(w, rows + d / 2, values.row_bytes(), count, ahead, D, out + d);
-            }
+            round(weights, v, g, count, top, w);
+            for (int64_t d = g * v.group; d < (g + 1) * v.group; d += LANES)
+                weigh_tile(w, rows + d / 2, values.row_bytes(), count, ahead, D, out + d);
         }
     }
-    template <int BITS>
     [[gnu::noinline]] static void weigh_tile(const IntWeights& w, const uint8_t* rows, int64_t stride, int64_t count,
                                              Ahead& ahead, int64_t head_dim, float* out) {
         Int sums[LANES];
-        I::template weigh_ints<BITS>(w.pairs, rows, stride, count, ahead, sums);
+        I::weigh_fours(w.pairs, rows, stride, count, ahead, sums);
 #pragma GCC unroll 16
         for (int l = 0; l < LANES; l++) {
             const Float before = Isa::add(Isa::load(out + l * head_dim), Isa::set1(w.minimum[l]));
@@ -704,9 +743,9 @@ void prepare_query(const AttentionRows& a, int64_t token, float* row, float* que
     const Float scale = Isa::set1(a.scale * LOG2_E);
     for (int64_t d = 0; d < D; d++) Isa::store(query + d * LANES, Isa::mul(Isa::load(query + d * LANES), scale));
     if (!in_pairs(a.keys)) return;
-    round_queries(query, a.keys, beside);
     if constexpr (I::INT_TILES)
-        if (IntTiles<I>::takes_keys(a.keys)) IntTiles<I>::split(reinterpret_cast<int16_t*>(query), D);
+        if (IntTiles<I>::in_bytes(a.keys)) return IntTiles<I>::round_queries(query, D, beside);
+    round_queries(query, a.keys, beside);
 }
 
 // Block by block of positions, which are prepared once for all tokens.
@@ -717,7 +756,8 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     const int64_t D = a.keys.head_dim, each = (D + 2) * LANES;
     const bool int_keys = in_pairs(a.keys), int_values = in_pairs(a.values);
     const bool bf16_keys = in_bf16<I>(a, a.keys), bf16_values = in_bf16<I>(a, a.values);
-    const bool byte_keys = IntTiles<I>::takes_keys(a.keys), int_tiles = IntTiles<I>::takes_values(a.values);
+    const bool byte_keys = IntTiles<I>::in_bytes(a.keys), byte_values = IntTiles<I>::in_bytes(a.values);
+    const bool fours = IntTiles<I>::in_fours(a.values);
     float* rows = scratch;                                    // [ATTENTION_BLOCK][D]
     float* queries = rows + ATTENTION_BLOCK * D;              // [tokens][D][16]
     float* scores = queries + tokens * D * LANES;             // [tokens][ATTENTION_BLOCK][16]
@@ -729,7 +769,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     };
     const auto running = [&](int64_t t) {
         float* mine = out + t * each;
-        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values || int_tiles};
+        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values || fours};
     };
     for (int64_t t = 0; t < tokens; t++) {
         if (a.prepared == nullptr)
@@ -739,13 +779,14 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     for (int64_t s = first; s < last; s += ATTENTION_BLOCK) {
         const int64_t count = smaller(ATTENTION_BLOCK, last - s), behind = last - s - count;
         const auto seen_by = [&](int64_t t) { return smaller(count, a.seen + token + t - s); };
-        Ahead values_ahead(a.values, a.values.data + s * a.values.row_bytes(), count, count * D / 32);
+        Ahead values_ahead(a.values, a.values.data + s * a.values.row_bytes(), count, count * D / (byte_keys ? 64 : 32));
         Ahead keys_ahead(a.keys, behind > 0 ? a.keys.data + (s + count) * a.keys.row_bytes() : a.next_keys,
-                         behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows, count * D / 32);
+                         behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows,
+                         count * D / (byte_values ? 64 : 32));
         int32_t excess[ATTENTION_BLOCK];
         if (int_keys && !byte_keys) widen_keys(a.keys, s, count, words);
         if constexpr (I::INT_TILES)
-            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, count, 32768, excess);
+            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, count, 128, excess);
         if (!int_keys && !bf16_keys) read_rows(a.keys, s, count, rows);
         const BlockScales key_scales(a.keys, s, int_keys ? count : 0), value_scales(a.values, s, int_values ? count : 0);
         for (int64_t t = 0; t < tokens; t++) {
@@ -790,17 +831,21 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             if constexpr (I::BF16_DOTS)
                 if (bf16_values)
                     Bf16<I>::weights(target, seen, factor, Isa::load(sums.shift), sums.sums);
-            if constexpr (I::INT_TILES)
-                if (int_tiles)
-                    Isa::store(beside + (t + 1) * INT_QUERY_FLOATS - LANES,
-                               IntTiles<I>::weights(target, value_scales, seen, factor, Isa::load(sums.shift), highest,
-                                                    sums.sums));
-            if (!bf16_values && !int_tiles) {
+            if constexpr (I::INT_TILES) {
+                float* kept = beside + (t + 1) * INT_QUERY_FLOATS - LANES;
+                const Float shift = Isa::load(sums.shift);
+                if (byte_values)
+                    Isa::store(kept, IntTiles<I>::byte_weights(target, value_scales, seen, factor, shift, highest, sums.sums));
+                if (fours) Isa::store(kept, IntTiles<I>::weights(target, seen, factor, shift, highest, sums.sums));
+            }
+            if (!bf16_values && !byte_values && !fours) {
                 weights_of(target, seen, factor, Isa::load(sums.shift));
                 add_weights(target, seen, sums.sums);
             }
         }
-        if (int_values && !int_tiles) widen_values(a.values, s, count, words);
+        if constexpr (I::INT_TILES)
+            if (byte_values) IntTiles<I>::four_rows(a.values, s, count, reinterpret_cast<uint8_t*>(rows));
+        if (int_values && !byte_values && !fours) widen_values(a.values, s, count, words);
         if (!int_values && !bf16_values) read_rows(a.values, s, count, rows);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = seen_by(t);
@@ -811,10 +856,14 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 if constexpr (I::BF16_DOTS)
                     Bf16<I>::weigh(reinterpret_cast<const uint16_t*>(mine),
                                    reinterpret_cast<const uint16_t*>(a.values.data) + s * D, D, seen, keys_ahead, sums);
-            } else if (int_tiles) {
+            } else if (byte_values || fours) {
                 if constexpr (I::INT_TILES) {
-                    const float* top = beside + (t + 1) * INT_QUERY_FLOATS - LANES;
-                    IntTiles<I>::weigh(mine, Isa::load(top), value_scales, a.values, s, seen, keys_ahead, sums);
+                    const Float kept = Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES);
+                    if (byte_values)
+                        IntTiles<I>::weigh_bytes(reinterpret_cast<const uint8_t*>(mine), kept, reinterpret_cast<uint8_t*>(rows),
+                                                 D, seen, keys_ahead, sums);
+                    else
+                        IntTiles<I>::weigh(mine, kept, value_scales, a.values, s, seen, keys_ahead, sums);
                 }
             } else if (int_values) {
                 attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);

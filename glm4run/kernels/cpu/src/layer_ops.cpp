@@ -72,7 +72,7 @@ void rope_piece(const void* context, int64_t index, Ticket&) {
 // Attention of few new tokens is shared out over KV heads, groups of 16 query heads, tokens and stretches of the
 // context; a second job adds the stretches up.
 constexpr int64_t MIN_STRETCH = 256; // positions
-constexpr int64_t MAX_STRETCHES = 64;
+constexpr int64_t MAX_STRETCHES = 16;
 constexpr int64_t FEW_TOKENS = 8;      // up to so many, stretches of the context are what can be shared out
 constexpr int64_t MAX_QUANTIZED_HEAD = 512;
 constexpr int64_t APPEND_TOKENS = 8;   // of a piece

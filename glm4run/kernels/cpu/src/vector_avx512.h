@@ -213,54 +213,96 @@ struct Isa {
         sum = _mm512_dpwssd_epi32(sum, w, _mm512_set1_epi32(word));
 #endif
     }
-    // sums[t] = w * x over 4 `fours` signed bytes of rows x: w unsigned, [fours][upper, lower][16][4].
+    // sums[t] = w * x over 4 `fours` signed bytes of rows x: w unsigned, [fours][16][4].
     template <int T, typename Ahead>
     static inline void dot_bytes(const uint8_t* w, const int8_t* x, int64_t stride, int64_t fours, Ahead& ahead,
                                  Int (&sums)[T]) {
-        Int lower[T];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) sums[t] = lower[t] = int_set1(0);
-        for (int64_t i = 0; i < fours; i++, w += 128, x += 4) {
-            Int high = _mm512_loadu_si512(w), low = _mm512_loadu_si512(w + 64);
-            once(high);
-            once(low);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
+        for (int64_t i = 0; i < fours; i++, w += 64, x += 4) {
+            Int row = _mm512_loadu_si512(w);
+            once(row);
             ahead.line();
-#pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                add_dot(sums[t], high, x + t * stride);
-                add_dot(lower[t], low, x + t * stride);
-            }
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++) add_dot(sums[t], row, x + t * stride);
         }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) sums[t] = _mm512_add_epi32(lower[t], _mm512_slli_epi32(sums[t], 8));
     }
-    // The sum of each of `count` rows of signed bytes, a multiple of 64, times `factor`. `out` has room for a multiple of 4.
+    // The sum of each of `count` rows of signed bytes, a multiple of 64, times `factor`. `out` has room for a multiple of 16.
     [[gnu::noinline]] static void row_sums(const int8_t* rows, int64_t width, int64_t count, int32_t factor, int32_t* out) {
         const Int ones = _mm512_set1_epi8(1);
-        for (int64_t s = 0; s < count; s += 4) {
-            Int four[4];
+        for (int64_t s = 0; s < count; s += 16) {
+            Int quarters[4]; // of row 4 k + l a lane of 128 bits
 #pragma GCC unroll 4
             for (int64_t k = 0; k < 4; k++) {
-                four[k] = int_set1(0);
-                const int8_t* row = rows + (s + k < count ? s + k : s) * width;
-                for (int64_t i = 0; i < width; i += 64) four[k] = _mm512_dpbusd_epi32(four[k], ones, _mm512_loadu_si512(row + i));
+                Int four[4];
+#pragma GCC unroll 4
+                for (int64_t l = 0; l < 4; l++) {
+                    const int64_t r = s + 4 * k + l;
+                    const int8_t* row = rows + (r < count ? r : s) * width;
+                    four[l] = int_set1(0);
+                    for (int64_t i = 0; i < width; i += 64) four[l] = _mm512_dpbusd_epi32(four[l], ones, _mm512_loadu_si512(row + i));
+                }
+                const Int a = _mm512_add_epi32(_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1]));
+                const Int b = _mm512_add_epi32(_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3]));
+                quarters[k] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
             }
-            const Int a = _mm512_add_epi32(_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1]));
-            const Int b = _mm512_add_epi32(_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3]));
-            const Int all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-            const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-            const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-            _mm_storeu_si128((__m128i*)(out + s), _mm_mullo_epi32(sums, _mm_set1_epi32(factor)));
+            const Int a = _mm512_add_epi32(_mm512_shuffle_i32x4(quarters[0], quarters[1], 0x44), _mm512_shuffle_i32x4(quarters[0], quarters[1], 0xEE));
+            const Int b = _mm512_add_epi32(_mm512_shuffle_i32x4(quarters[2], quarters[3], 0x44), _mm512_shuffle_i32x4(quarters[2], quarters[3], 0xEE));
+            const Int all = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+            _mm512_storeu_si512(out + s, _mm512_mullo_epi32(all, int_set1(factor)));
         }
     }
-    // sums[l] = w[.][l] * x over `count` rows of 16 integers: w 16-bit, pairs of rows [(count + 1) / 2][16][2].
-    template <int BITS, typename Ahead>
-    static inline void weigh_ints(const int16_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
-                                  Int (&sums)[16]) {
+    // Four rows of bytes side by side: [width / 64][64][4], what belongs to a column in the place that `four_place` says.
+    static inline void fours(const uint8_t* const (&rows)[4], int64_t width, uint8_t* out) {
+        for (int64_t i = 0; i < width; i += 64, out += 256) {
+            Int r[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) r[k] = _mm512_loadu_si512(rows[k] + i);
+            const Int a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
+            const Int c = _mm512_unpackhi_epi8(r[0], r[1]), d = _mm512_unpackhi_epi8(r[2], r[3]);
+            _mm512_storeu_si512(out, _mm512_unpacklo_epi16(a, b));
+            _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi16(a, b));
+            _mm512_storeu_si512(out + 128, _mm512_unpacklo_epi16(c, d));
+            _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(c, d));
+        }
+    }
+    // Where the four bytes of a column begin: 16 columns lie in pieces of four, 64 bytes apart.
+    static constexpr int64_t four_place(int64_t column) {
+        return column / 64 * 256 + column % 64 / 16 * 16 + column % 16 / 4 * 64 + column % 4 * 4;
+    }
+    // sums[c] = w * x over four rows each of 16 columns, from a multiple of 16 on: w unsigned [count][16][4], x as `fours`
+    // leaves it, `stride` bytes for four rows.
+    template <typename Ahead>
+    static inline void weigh_bytes(const uint8_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
+                                   Int (&sums)[16]) {
+#pragma GCC unroll 16
+        for (int c = 0; c < 16; c++) sums[c] = int_set1(0);
+        for (int64_t s = 0; s < count; s++, w += 64, x += stride) {
+            Int row = _mm512_loadu_si512(w);
+            once(row);
+            ahead.line();
+#pragma GCC unroll 16
+            for (int c = 0; c < 16; c++) add_dot(sums[c], row, reinterpret_cast<const int8_t*>(x) + four_place(c));
+        }
+    }
+    // Four rows of 16 floats, times `inverse` and plus `more` (not below 0, and then below 256), as bytes side by side: their
+    // whole parts. 2^15 + 2^14 beside a float leaves it 8 bits behind the point.
+    static inline void four_bytes(const Float (&x)[4], Float inverse, const float (&more)[4], uint8_t* out) {
+        Int bits[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) bits[k] = _mm512_castps_si512(fma(x[k], inverse, set1(49152.0f + more[k])));
+        const Int low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits[0], 8), bits[1], int_set1(0xFF), 0xE4);
+        const Int high = _mm512_ternarylogic_epi32(_mm512_slli_epi32(bits[2], 8), _mm512_slli_epi32(bits[3], 16), int_set1(0xFFFFFF), 0xE4);
+        _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(low, high, int_set1(0xFFFF), 0xE4));
+    }
+    // sums[l] = w[.][l] * x over `count` rows of 16 integers of 4 bits: w 16-bit, pairs of rows [(count + 1) / 2][16][2].
+    template <typename Ahead>
+    static inline void weigh_fours(const int16_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
+                                   Int (&sums)[16]) {
 #pragma GCC unroll 16
         for (int l = 0; l < 16; l++) sums[l] = int_set1(0);
         for (int64_t s = 0; s < count; s += 2, w += 32, x += 2 * stride) {
-            Int row = pair_of_rows<BITS>(x, s + 1 < count ? x + stride : nullptr);
+            Int row = pair_of_rows(x, s + 1 < count ? x + stride : nullptr);
             once(row);
             ahead.line();
 #pragma GCC unroll 16
@@ -268,28 +310,23 @@ struct Isa {
         }
     }
     // 16 integers of two rows as 16-bit pairs. A row that is null counts as zeros.
-    template <int BITS>
     static inline Int pair_of_rows(const uint8_t* a, const uint8_t* b) {
-        const __m128i first = sixteen<BITS>(a), second = b != nullptr ? sixteen<BITS>(b) : _mm_setzero_si128();
+        const __m128i first = sixteen(a), second = b != nullptr ? sixteen(b) : _mm_setzero_si128();
         const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi8(first, second));
         return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(low, _mm_unpackhi_epi8(first, second), 1));
     }
-    template <int BITS>
     static inline __m128i sixteen(const uint8_t* p) {
-        if constexpr (BITS == 8) return _mm_loadu_si128((const __m128i*)p);
         const __m128i raw = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
         return _mm_unpacklo_epi8(_mm_and_si128(raw, mask), _mm_and_si128(_mm_srli_epi16(raw, 4), mask));
     }
-    // 2^x for x of at most 128; relative error below 3e-6. Below -126 as at -126. NaN stays: its low bits are zeros.
+    // 2^x for x of at most 128; relative error below 3e-6. NaN stays.
     static inline Float exp2_of(Float x) {
-        x = _mm512_max_ps(set1(-126.0f), x);
-        const Float magic = set1(12582912.0f), shifted = add(x, magic), r = _mm512_sub_ps(x, _mm512_sub_ps(shifted, magic));
+        const Float r = _mm512_reduce_ps(x, 0); // what x lies above or below the nearest integer
         Float p = fma(set1(9.5701e-3f), r, set1(5.591786e-2f));
         p = fma(p, r, set1(2.4024745e-1f));
         p = fma(p, r, set1(6.9312181e-1f));
         p = fma(p, r, set1(9.9999926e-1f));
-        const Int power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-        return as_float(_mm512_add_epi32(_mm512_castps_si512(p), power));
+        return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
     }
     // Two rows of 16 floats, times `inverse` and rounded to 16 bits, as 16 pairs.
     static inline void int_pairs(Float a, Float b, Float inverse, int16_t* out) {
