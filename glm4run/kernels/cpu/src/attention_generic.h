@@ -544,13 +544,19 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
 //
 // Rows of 8 bits with one scale are met as bytes, by queries and weights that are rounded to bytes too, which makes twice as
 // many products in an instruction as 16 bits. A query's rounding then weighs as much as that of the keys. Weights are rounded
-// to 255 steps of the largest in their block, up or down by what `DITHER` adds to their positions, so that many small ones
+// to 255 steps of the largest in their block, up or down by what `dither` adds to their positions, so that many small ones
 // are not lost but keep their sum.
-constexpr float DITHER[16] = {1 / 32.f,  17 / 32.f, 9 / 32.f,  25 / 32.f, 5 / 32.f, 21 / 32.f, 13 / 32.f, 29 / 32.f,
-                              3 / 32.f, 19 / 32.f, 11 / 32.f, 27 / 32.f, 7 / 32.f, 23 / 32.f, 15 / 32.f, 31 / 32.f};
-
 template <typename I>
 struct IntTiles {
+    // What a position's weight gets before its whole part is taken: odd 32nds, each of which comes once in 16 positions.
+    static const float* dither(int64_t position) {
+        constexpr float P = I::BYTE_POINT;
+        static const float points[16] = {P + 1 / 32.f, P + 17 / 32.f, P + 9 / 32.f,  P + 25 / 32.f, P + 5 / 32.f, P + 21 / 32.f,
+                                         P + 13 / 32.f, P + 29 / 32.f, P + 3 / 32.f, P + 19 / 32.f, P + 11 / 32.f, P + 27 / 32.f,
+                                         P + 7 / 32.f, P + 23 / 32.f, P + 15 / 32.f, P + 31 / 32.f};
+        return points + position % 16;
+    }
+
     static bool in_bytes(const CacheRows& rows) {
         return I::INT_TILES && rows.bits == 8 && rows.group == rows.head_dim && rows.head_dim % 64 == 0;
     }
@@ -562,12 +568,13 @@ struct IntTiles {
     static void round_queries(float* query, int64_t head_dim, float* step) {
         float inverse[LANES];
         largest_query(query, head_dim, 127.0f, step, inverse);
-        const float more[4] = {128.5f, 128.5f, 128.5f, 128.5f}; // of which the whole part is rounded to nearest
+        const float once[4] = {1.0f, 1.0f, 1.0f, 1.0f}, nearest = I::BYTE_POINT + 128.5f;
+        const float points[4] = {nearest, nearest, nearest, nearest};
         uint8_t* bytes = reinterpret_cast<uint8_t*>(query);
+        const auto at = [&](int64_t d) { return Isa::mul(Isa::load(query + d * LANES), Isa::load(inverse)); };
         for (int64_t d = 0; d < head_dim; d += 4) { // in place: four rows become one, which does not lie behind them
-            const float* rows = query + d * LANES;
-            const Float four[4] = {Isa::load(rows), Isa::load(rows + LANES), Isa::load(rows + 2 * LANES), Isa::load(rows + 3 * LANES)};
-            I::four_bytes(four, Isa::load(inverse), more, bytes + d * LANES);
+            const Float four[4] = {at(d), at(d + 1), at(d + 2), at(d + 3)};
+            I::four_bytes(four, once, points, bytes + d * LANES);
         }
     }
 
@@ -602,31 +609,37 @@ struct IntTiles {
 
     // Scores [count][16] to weights 2^(factor * score - shift), times the scales of their values, as bytes
     // [(count + 3) / 4][16][4] at the same place. Returns what a byte's step stands for, of which the highest weight beside
-    // the largest scale has no more than 254.5.
+    // the largest scale has BYTE_TOP.
+    static constexpr float BYTE_TOP = 254.5f, LOG2_BYTE_TOP = 7.99152f; // a little less than its logarithm
     [[gnu::noinline]] static Float byte_weights(float* scores, const BlockScales& v, int64_t count, Float factor, Float shift,
                                                 Float highest, float* sums) {
-        const Float minus = Isa::mul(shift, Isa::set1(-1.0f)), top = I::exp2_of(Isa::add(highest, minus));
-        float largest[LANES], step[LANES], inverse[LANES];
-        Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, 0, count))));
-        steps_of(largest, 254.5f, step, inverse);
-        const Float factors = Isa::load(inverse);
+        const float largest = largest_scale(v, 0, count), inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+        float scales[ATTENTION_BLOCK];
+        for (int64_t s = 0; s < count; s++) scales[s] = v.numbers[s] * inverse;
+        // Weights are counted in steps at once: 2^(factor * score - highest) * BYTE_TOP.
+        const Float minus = Isa::set1(-1.0f), below = Isa::fma(highest, minus, Isa::set1(LOG2_BYTE_TOP));
         uint8_t* bytes = reinterpret_cast<uint8_t*>(scores);
+        const auto weight = [&](int64_t s) { return I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, below)); };
         Float total = Isa::zero();
-        for (int64_t s = 0; s < count; s += 4) {
-            Float weight[4];
-            float more[4];
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k++) {
-                const bool there = s + k < count;
-                const Float one = there ? I::exp2_of(Isa::fma(Isa::load(scores + (s + k) * LANES), factor, minus)) : Isa::zero();
-                total = Isa::add(total, one);
-                weight[k] = there ? Isa::mul(one, Isa::set1(v.at(s + k, 0)[0])) : one;
-                more[k] = DITHER[(s + k) % 16];
-            }
-            I::four_bytes(weight, factors, more, bytes + s * LANES);
+        int64_t s = 0;
+        for (; s + 4 <= count; s += 4) {
+            const Float four[4] = {weight(s), weight(s + 1), weight(s + 2), weight(s + 3)};
+            total = Isa::add(total, Isa::add(Isa::add(four[0], four[1]), Isa::add(four[2], four[3])));
+            I::four_bytes(four, scales + s, dither(s), bytes + s * LANES);
         }
-        Isa::store(sums, Isa::add(Isa::load(sums), total));
-        return Isa::load(step);
+        if (s < count) {
+            Float four[4];
+            float own[4] = {};
+            for (int64_t k = 0; k < 4; k++) {
+                four[k] = s + k < count ? weight(s + k) : Isa::zero();
+                own[k] = s + k < count ? scales[s + k] : 0.0f;
+                total = Isa::add(total, four[k]);
+            }
+            I::four_bytes(four, own, dither(s), bytes + s * LANES);
+        }
+        const Float step = Isa::mul(I::exp2_of(Isa::fma(shift, minus, highest)), Isa::set1(1.0f / BYTE_TOP));
+        Isa::store(sums, Isa::fma(total, step, Isa::load(sums)));
+        return Isa::mul(step, Isa::set1(largest));
     }
 
     // A block of values, four rows side by side [(count + 3) / 4][D][4]. In the place of missing ones is another: their
@@ -675,6 +688,11 @@ struct IntTiles {
         const float* scale = v.at(0, g);
         const int64_t step = v.groups * v.each;
         uint32_t largest = 0;
+        for (int64_t s = 0; step == 1 && s < count; s++) { // the same, which the compiler can do for many at once
+            const uint32_t bits = bits_of(scale[s]);
+            largest = bits > largest ? bits : largest;
+        }
+        if (step == 1) return largest < 0x7F800000 ? float_of(largest) : float_of(0x7FC00000);
         for (int64_t s = 0; s < count; s++) {
             const uint32_t bits = bits_of(scale[s * step]);
             largest = bits > largest ? bits : largest;

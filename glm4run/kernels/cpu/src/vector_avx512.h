@@ -285,12 +285,13 @@ struct Isa {
             for (int c = 0; c < 16; c++) add_dot(sums[c], row, reinterpret_cast<const int8_t*>(x) + four_place(c));
         }
     }
-    // Four rows of 16 floats, times `inverse` and plus `more` (not below 0, and then below 256), as bytes side by side: their
-    // whole parts. 2^15 + 2^14 beside a float leaves it 8 bits behind the point.
-    static inline void four_bytes(const Float (&x)[4], Float inverse, const float (&more)[4], uint8_t* out) {
+    // Four rows of 16 floats, each times its factor and plus what `points` has above BYTE_POINT (which gives 0 to below 256),
+    // as bytes side by side: their whole parts. So large a number leaves 8 bits behind the point.
+    static constexpr float BYTE_POINT = 49152.0f;
+    static inline void four_bytes(const Float (&x)[4], const float* factors, const float* points, uint8_t* out) {
         Int bits[4];
 #pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) bits[k] = _mm512_castps_si512(fma(x[k], inverse, set1(49152.0f + more[k])));
+        for (int k = 0; k < 4; k++) bits[k] = _mm512_castps_si512(fma(x[k], set1(factors[k]), set1(points[k])));
         const Int low = _mm512_ternarylogic_epi32(_mm512_srli_epi32(bits[0], 8), bits[1], int_set1(0xFF), 0xE4);
         const Int high = _mm512_ternarylogic_epi32(_mm512_slli_epi32(bits[2], 8), _mm512_slli_epi32(bits[3], 16), int_set1(0xFFFFFF), 0xE4);
         _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(low, high, int_set1(0xFFFF), 0xE4));
