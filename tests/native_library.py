@@ -13,6 +13,7 @@ from torch import Tensor
 from glm4run.kernels import Activations, LinearSpec
 from glm4run.kernels.cpu.backend import NativeBackend, NativeWeight
 from glm4run.kernels.cpu.library import active_isa, available_isas, native, set_isa, why_missing
+from glm4run.kv_rows import KVRows
 from tests.packed_cases import Case
 
 MISSING = why_missing()
@@ -57,3 +58,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, NaN and the sign of zero included."""
     wide = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(wide), b.contiguous().view(wide))
+
+
+def in_bytes(rows: KVRows, isa: str) -> bool:
+    """Whether queries that meet these keys, or weights that meet these values, are rounded to bytes."""
+    one_scale = rows.scales is not None and rows.bits == 8 and rows.scales.shape[-1] == 1
+    return isa.startswith("avx512") and one_scale and rows.head_dim % 64 == 0

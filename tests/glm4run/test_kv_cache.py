@@ -19,7 +19,7 @@ from glm4run.kv_cache import KVCache
 from glm4run.kv_format import KVFormat, group_of, parse_kv_bits
 from glm4run.kv_rows import KVRows, dequantize_rows, quantize_rows, turn
 from glm4run.ops import NativeOps, Ops
-from tests.native_library import ISAS, needs_library, running
+from tests.native_library import ISAS, in_bytes, needs_library, running
 
 CONFIG = ModelConfig(
     model_type="glm4",
@@ -311,11 +311,14 @@ def test_the_library_attends_as_torch_does(kept: str) -> None:
         for count in (1, 3, 21):
             query = torch.randn(heads, count, head_dim, generator=torch.Generator().manual_seed(2)).to(dtype)
             expected = Ops().attend(query, cache.layers[0], 131)
-            allowed = 1e-3 if dtype == torch.float32 else 0.02
             for isa in ISAS:
+                layer = cache.layers[0]
+                rounded = in_bytes(layer.keys, isa) or in_bytes(layer.values, isa)
                 with running(isa, threads=1):
-                    got = native.attention(query, cache.layers[0], 131)
-                assert float((got.float() - expected.float()).abs().max()) < allowed, (isa, heads, head_dim, count)
+                    got = native.attention(query, layer, 131)
+                error = float((got.float() - expected.float()).abs().max())
+                allowed = 0.03 if rounded else 1e-3 if dtype == torch.float32 else 0.02
+                assert error < allowed, (isa, heads, head_dim, count)
 
 
 @needs_library

@@ -66,11 +66,21 @@ static inline __m256i emulated_dpbusd(__m256i sum, __m256i a, __m256i b) {
     return _mm256_loadu_si256((const __m256i*)lanes);
 }
 
+// What lies above or below the nearest integer.
+static inline __m512 emulated_reduce_ps(__m512 x) {
+    const simde__m512_private in = simde__m512_to_private(x);
+    __m256 rest[2];
+    for (int i = 0; i < 2; i++)
+        rest[i] = _mm256_sub_ps(in.m256[i], _mm256_round_ps(in.m256[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return emulated_floats(rest[0], rest[1]);
+}
+
 // Adds two products of signed 16-bit numbers to every 32-bit lane.
 static inline __m256i emulated_dpwssd(__m256i sum, __m256i a, __m256i b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
+#undef _mm512_reduce_ps
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepu8_epi32
@@ -78,6 +88,7 @@ static inline __m256i emulated_dpwssd(__m256i sum, __m256i a, __m256i b) {
 #undef _mm512_srai_epi32
 #undef _mm256_dpbusd_avx_epi32
 #undef _mm256_dpwssd_avx_epi32
+#define _mm512_reduce_ps(x, mode) emulated_reduce_ps(x)
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32

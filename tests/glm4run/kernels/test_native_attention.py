@@ -16,8 +16,8 @@ from torch import Tensor
 
 from glm4run.kernels.cpu import ops as native
 from glm4run.kv_format import parse_kv_bits
-from glm4run.kv_rows import KVLayer, KVRows, new_rows, turn
-from tests.native_library import ISAS, each_isa, needs_library, running, same_bits
+from glm4run.kv_rows import KVLayer, new_rows, turn
+from tests.native_library import ISAS, each_isa, in_bytes, needs_library, running, same_bits
 
 pytestmark = needs_library
 
@@ -81,12 +81,6 @@ def test_rows_of_floats_equal_float64(isa: str, dtype: torch.dtype) -> None:
             rounded = BF16_STEP * size if dtype == torch.bfloat16 and isa == "avx512-bf16" else 0.0
             allowed = torch.finfo(dtype).eps * expected.abs() + 2e-5 * size + rounded
             assert bool(((got - expected).abs() <= allowed).all()), (heads, kv_heads, width, tokens, positions)
-
-
-def in_bytes(rows: KVRows, isa: str) -> bool:
-    """Whether queries, or weights, that meet these rows are rounded to bytes."""
-    one_scale = rows.scales is not None and rows.bits == 8 and rows.scales.shape[-1] == 1
-    return isa.startswith("avx512") and one_scale and rows.head_dim % 64 == 0
 
 
 def as_bytes(query: Tensor, layer: KVLayer, positions: int, isa: str) -> Tensor:
