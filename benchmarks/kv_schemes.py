@@ -14,6 +14,7 @@ JSON on stdout, a line a scheme on stderr.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from torch import Tensor
 from glm4run import load_model
 from glm4run.generate import LoadedModel
 from glm4run.key_offset import key_offsets
-from glm4run.kv_rows import KVLayer, turn
+from glm4run.kv_rows import KVLayer, dequantize_rows, quantize_rows, turn
 from glm4run.model import DecoderLayer
 from glm4run.ops import Ops
 
@@ -55,8 +56,32 @@ def asymmetric(bits: int, group: int) -> Rounding:
     return rounded
 
 
+def searched(bits: int, group: int) -> Rounding:
+    """Asymmetric; of many lowest and highest levels a group takes those that leave the least squared error."""
+
+    def rounded(x: Tensor) -> Tensor:
+        groups, top = x.unflatten(-1, (-1, min(group, x.shape[-1]))), (1 << bits) - 1
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        best, least = groups, torch.full_like(low, torch.inf)
+        for shrunk, moved in itertools.product(torch.arange(0.7, 1.09, 0.04), (-0.5, -0.25, 0.0, 0.25)):
+            scale = (shrunk * (high - low) / top).half().float().clamp_min(1e-8)
+            minimum = ((low + high - top * scale) / 2 + moved * scale).half().float()
+            out = ((groups - minimum) / scale).round().clamp(0, top) * scale + minimum
+            error = (out - groups).square().sum(-1, keepdim=True)
+            best, least = torch.where(error < least, out, best), torch.minimum(error, least)
+        found: Tensor = best.flatten(-2)
+        return found
+
+    return rounded
+
+
 def turned(rounding: Rounding) -> Rounding:
     return lambda x: turn(rounding(turn(x)))
+
+
+def kept(bits: int) -> Rounding:
+    """As the product keeps rows."""
+    return lambda x: turn(dequantize_rows(*quantize_rows(x, bits), bits))
 
 
 def channels(bits: int, block: int) -> Rounding:
@@ -73,7 +98,7 @@ def unchanged(x: Tensor) -> Tensor:
     return x
 
 
-FOUR, EIGHT = turned(asymmetric(4, 32)), turned(symmetric(8, 128))
+FOUR, EIGHT = kept(4), kept(8)
 SCHEMES: dict[str, tuple[Rounding, Rounding]] = {
     "8 bits (--kv-bits 8)": (EIGHT, EIGHT),
     "8:4 bits (--kv-bits 8:4)": (EIGHT, FOUR),
@@ -81,17 +106,21 @@ SCHEMES: dict[str, tuple[Rounding, Rounding]] = {
     "keys 8, rows not turned": (symmetric(8, 128), unchanged),
     "keys 8, turned": (EIGHT, unchanged),
     "keys 8, turned, less the bias": (EIGHT, unchanged),
-    "keys 4 g32, not turned": (asymmetric(4, 32), unchanged),
-    "keys 4 g32, turned": (FOUR, unchanged),
-    "keys 4 g32, turned, less the bias": (FOUR, unchanged),
-    "keys 4 g16, turned, less the bias": (turned(asymmetric(4, 16)), unchanged),
-    "keys 5 g32, turned, less the bias": (turned(asymmetric(5, 32)), unchanged),
-    "keys 6 g32, turned, less the bias": (turned(asymmetric(6, 32)), unchanged),
-    "keys 4 g16, turned": (turned(asymmetric(4, 16)), unchanged),
-    "keys 4 g16 symmetric, turned": (turned(symmetric(4, 16)), unchanged),
+    "keys 4, turned": (FOUR, unchanged),
+    "keys 4, turned, less the bias": (FOUR, unchanged),
+    "4 g32 with minima, turned, less the bias": (turned(asymmetric(4, 32)), turned(asymmetric(4, 32))),
+    "keys 4 g32 with minima, not turned": (asymmetric(4, 32), unchanged),
+    "keys 4 g32 with minima, turned": (turned(asymmetric(4, 32)), unchanged),
+    "keys 4 g32 with minima, turned, less the bias": (turned(asymmetric(4, 32)), unchanged),
+    "keys 4 g32 with minima, searched, turned, less the bias": (turned(searched(4, 32)), unchanged),
+    "keys 4 g16 with minima, turned, less the bias": (turned(asymmetric(4, 16)), unchanged),
+    "keys 4 g16 with minima, searched, turned, less the bias": (turned(searched(4, 16)), unchanged),
+    "keys 5 g32 with minima, turned, less the bias": (turned(asymmetric(5, 32)), unchanged),
+    "keys 6 g32 with minima, turned, less the bias": (turned(asymmetric(6, 32)), unchanged),
     "keys 4, channels over 32 tokens": (channels(4, 32), unchanged),
-    "values 4 g32, not turned": (unchanged, asymmetric(4, 32)),
-    "values 4 g32, turned": (unchanged, FOUR),
+    "values 4 g32 with minima, not turned": (unchanged, asymmetric(4, 32)),
+    "values 4 g32 with minima, turned": (unchanged, turned(asymmetric(4, 32))),
+    "values 4, turned": (unchanged, FOUR),
 }
 
 

@@ -36,13 +36,15 @@ def of_computation(model: LoadedModel) -> dict[str, str]:
     if packed is None and model.backend != "dense":  # packed while it was loaded
         packed = {"backend": model.backend, "bytes": model.plan.weight_bytes}
     kept = model.memory_run.kv_format
+    # Before groups had codes, rows of 4 bits were others.
+    codes = ", 4 by codes of 8" if 4 in (kept.key_bits, kept.value_bits) else ""
     offset = f", keys less their bias over {config.max_position_embeddings}" if model.key_offsets else ""
     return {
         "weights": _digest(b"".join(map(_weight_file, sorted(model.folder.glob("*.safetensors"))))),
         "quantization": _digest(json.dumps(packed, sort_keys=True, default=str).encode()),
         "rope": _digest(repr(rope).encode()),
         "cache": str(model.model.dtype).removeprefix("torch.")
-        + (f", {kept} bits{offset}" if kept.is_quantized else ""),
+        + (f", {kept} bits{codes}{offset}" if kept.is_quantized else ""),
     }
 
 

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from glm4run.errors import UsageError
 
 BITS = (16, 8, 4)
-GROUPS = {8: 128, 4: 32}  # values of a row that share a scale; a shorter row is one group
-SCALES = {8: 1, 4: 2}  # float16 numbers of a group
+GROUPS = {8: 128, 4: 8}  # values of a row that share a scale, or a code; a row that is no multiple of that is one group
 LEVELS = {8: 127, 4: 15}
+SCALE_BYTES, CODE_BITS = 2, 6
+
+# Steps and lowest levels of a group in 4 bits, in units of its row's scale; with their mirror images they are 64, and a
+# group's code is the index of one. `benchmarks/kv_codes.py` chooses them. The native library has them too.
+_HALF = (
+    *((2, -15), (4, -30), (6, -40), (7, -43), (7, -32), (8, -60), (8, -55), (8, -50), (9, -52), (9, -46), (9, -40)),
+    *((10, -72), (10, -66), (10, -59), (11, -76), (11, -63), (11, -59), (11, -39), (12, -87), (12, -83), (12, -77)),
+    *((12, -56), (13, -87), (13, -77), (13, -71), (13, -68), (14, -93), (14, -87), (14, -83), (15, -102), (15, -98)),
+    *((16, -120), (16, -116), (16, -113)),
+)
+CODES = tuple(sorted({*_HALF, *((step, -lowest - LEVELS[4] * step) for step, lowest in _HALF)}))
 
 
 @dataclass(frozen=True)
@@ -58,4 +68,7 @@ def tensor_widths(head_dim: int, bits: int, float_bytes: int) -> tuple[int, ...]
     """Bytes of a row in each tensor that keeps a part of it: the values; their scales."""
     if bits == 16:
         return (head_dim * float_bytes,)
-    return head_dim * bits // 8, 2 * SCALES[bits] * (head_dim // group_of(bits, head_dim))
+    groups = head_dim // group_of(bits, head_dim)
+    if bits == 8:
+        return head_dim, SCALE_BYTES * groups
+    return head_dim // 2, SCALE_BYTES + -(-CODE_BITS * groups // 8)

@@ -6,11 +6,15 @@ and dtypes; must not know the model.
 A quantized row stands for itself alone, so that forgetting a token is forgetting its rows, exactly. What a bias adds
 to all keys of a head alike (`key_offset.py`) is taken off first: it adds the same to every score of a query, and
 softmax does not see it. Then the row is turned by a Hadamard matrix, which spreads the few large channels that are
-left over all: scores do not change if the queries are turned too, and the weighted sum of values is turned back. Each
-group of values gets its own step:
+left over all: scores do not change if the queries are turned too, and the weighted sum of values is turned back. What
+is kept are integers:
 
-    8 bits  x = scale * q           q in -127 .. 127   scale float16
-    4 bits  x = minimum + scale * u u in 0 .. 15       scale, minimum float16; even dimensions in bytes' low halves
+    8 bits  x = scale * q                   q in -127 .. 127   scale float16, of a group of 128
+    4 bits  x = scale * (lowest + step * u) u in 0 .. 15       scale float16, of the row; step, lowest of a group of 8
+
+Step and lowest level are integers too, one of 64 pairs (`kv_format.CODES`), so that 4 bits become 8 bits of one scale a
+row without a rounding. A group takes the pair that leaves the least squared error. Of u the even dimensions are in
+bytes' low halves. A row's scale and its groups' codes, 6 bits each from the lowest up, are bytes side by side.
 
 `docs/quality.md` has what was tried. Sources: arXiv 2404.00456 (turning keys and values), 2402.02750 (keys'
 outliers).
@@ -26,7 +30,7 @@ import torch
 from torch import Tensor
 
 from glm4run.errors import UsageError
-from glm4run.kv_format import LEVELS, SCALES, group_of
+from glm4run.kv_format import CODE_BITS, CODES, LEVELS, SCALE_BYTES, group_of, tensor_widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,8 @@ class KVRows:
     """Keys, or values, of one layer and one sequence.
 
     data: [KVH, S, D] floats (16 bits) or int8 (8 bits); uint8 [KVH, S, D / 2] (4 bits). scales: float16
-    [KVH, S, groups * SCALES], None for floats. offset: float32 [KVH, D], taken from every row before it is quantized.
+    [KVH, S, groups] (8 bits); uint8 [KVH, S, 2 + codes] (4 bits); None for floats. offset: float32 [KVH, D], taken from
+    every row before it is quantized.
     """
 
     data: Tensor
@@ -111,14 +116,12 @@ def new_rows(
         return KVRows(torch.empty(kv_heads, capacity, head_dim, dtype=dtype, device=device))
     if bits == 4 and head_dim % 2:
         raise UsageError(f"heads of {head_dim} values cannot be kept in 4 bits", hint="use --kv-bits 8")
-    width, kind = (head_dim, torch.int8) if bits == 8 else (head_dim // 2, torch.uint8)
-    scales = SCALES[bits] * (head_dim // group_of(bits, head_dim))
-    return KVRows(
-        torch.empty(kv_heads, capacity, width, dtype=kind, device=device),
-        torch.empty(kv_heads, capacity, scales, dtype=torch.float16, device=device),
-        bits,
-        offset,
+    kinds = (torch.int8, torch.float16) if bits == 8 else (torch.uint8, torch.uint8)
+    data, scales = (
+        torch.empty(kv_heads, capacity, width // kind.itemsize, dtype=kind, device=device)
+        for width, kind in zip(tensor_widths(head_dim, bits, 0), kinds, strict=True)
     )
+    return KVRows(data, scales, bits, offset)
 
 
 def turn(rows: Tensor) -> Tensor:
@@ -141,24 +144,24 @@ def turn(rows: Tensor) -> Tensor:
 def quantize_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Rows [..., D] to what is kept of them: integers and scales, shapes as in `KVRows`.
 
-    A group with a value that is not finite, or beyond what a float16 scale can reach, reads back as NaN.
+    What shares a scale with a value that is not finite, or beyond what a float16 scale can reach, reads back as NaN.
     """
-    groups = turn(rows).unflatten(-1, (-1, group_of(bits, rows.shape[-1])))  # [..., G, group]
+    turned = turn(rows)
+    group = group_of(bits, rows.shape[-1])
+    alike = turned.unflatten(-1, (-1, group if bits == 8 else rows.shape[-1]))  # [..., scales, values of one]
+    scale = (alike.abs().amax(-1) * (1 / LEVELS[8])).half()
+    if bits == 4:  # there is no level that infinity would make NaN
+        scale = torch.where(scale.isfinite(), scale, torch.nan)
+    steps = (alike * _inverse(scale)).nan_to_num(0).flatten(-2)  # -127 .. 127, not rounded
     if bits == 8:
-        scale = (groups.abs().amax(-1) * (1 / LEVELS[8])).half()
-        steps = (groups * _inverse(scale)).nan_to_num(0).round().clamp(-LEVELS[8], LEVELS[8])
-        return steps.to(torch.int8).flatten(-2), scale
-    lowest = groups.amin(-1)
-    scale, minimum = ((groups.amax(-1) - lowest) * (1 / LEVELS[4])).half(), lowest.half()
-    steps = ((groups - minimum.float()[..., None]) * _inverse(scale)).nan_to_num(0).round().clamp(0, LEVELS[4])
-    even, odd = steps.to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
-    return even | odd << 4, torch.stack((scale, minimum), dim=-1).flatten(-2)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale in float32 [..., 1]; 0 where the scale is 0."""
-    wide = scale.float()[..., None]
-    return torch.where(wide == 0, 0.0, 1 / wide)
+        return steps.round().clamp(-LEVELS[8], LEVELS[8]).to(torch.int8), scale
+    del turned, alike
+    # Sixteenths: squared errors are then sums of whole numbers, which are the same in any order and by any instruction.
+    groups = steps.mul_(16).round_().div_(16).unflatten(-1, (-1, group))  # [..., G, group]
+    code = _best_code(groups)
+    step, lowest = (table[code][..., None] for table in _tables(groups.device))
+    even, odd = _levels(groups - lowest, step).to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)
+    return even | odd << 4, torch.cat((scale.view(torch.uint8), _packed(code)), dim=-1)
 
 
 def dequantize_rows(data: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -167,11 +170,57 @@ def dequantize_rows(data: Tensor, scales: Tensor, bits: int) -> Tensor:
         rows: Tensor = data.float()
         rows.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.float()[..., None])
         return rows
-    scale, minimum = scales.float().unflatten(-1, (-1, 2)).unbind(-1)
-    steps = torch.stack((data & 15, data >> 4), dim=-1).flatten(-2)
-    rows = steps.float()
-    rows.unflatten(-1, (scale.shape[-1], -1)).mul_(scale[..., None]).add_(minimum[..., None])
-    return rows
+    head_dim = 2 * data.shape[-1]
+    scale, packed = scales[..., :SCALE_BYTES].contiguous().view(torch.float16), scales[..., SCALE_BYTES:]
+    code = _unpacked(packed, head_dim // group_of(bits, head_dim)).int()
+    rows = torch.stack((data & LEVELS[4], data >> 4), dim=-1).flatten(-2).float()
+    for table, apply in zip(_tables(data.device), (Tensor.mul_, Tensor.add_), strict=True):
+        apply(rows.unflatten(-1, (code.shape[-1], -1)), table[code][..., None])
+    return rows.mul_(scale.float())
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale in float32 [..., 1]; 0 where the scale is 0."""
+    wide = scale.float()[..., None]
+    return torch.where(wide == 0, 0.0, 1 / wide)
+
+
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Steps and lowest levels by code, float32 [64]."""
+    step, lowest = torch.tensor(CODES, dtype=torch.float32, device=device).unbind(-1)
+    return step, lowest
+
+
+def _levels(above: Tensor, step: Tensor) -> Tensor:
+    """Values that lie `above` the lowest level, in units of the row's scale, as levels 0 .. 15, in float32."""
+    return (above * (1 / step)).round_().clamp_(0, LEVELS[4])
+
+
+def _best_code(groups: Tensor) -> Tensor:
+    """Of groups [..., G, group] the first code that leaves the least squared error: int64 [..., G]."""
+    step, lowest = _tables(groups.device)
+    error = torch.zeros(*groups.shape[:-1], len(CODES), device=groups.device)
+    for value in groups.unbind(-1):
+        above = value[..., None] - lowest
+        error += _levels(above, step).mul_(step).sub_(above).square_()
+        del above
+    return error.argmin(-1)
+
+
+def _packed(code: Tensor) -> Tensor:
+    """Codes [..., G] of 6 bits, the first lowest, as uint8 [..., bytes]."""
+    bits = (code[..., None] >> torch.arange(CODE_BITS, device=code.device) & 1).flatten(-2)
+    bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    packed: Tensor = (bits << torch.arange(8, device=code.device)).sum(-1).to(torch.uint8)
+    return packed
+
+
+def _unpacked(packed: Tensor, count: int) -> Tensor:
+    """The first `count` codes of what `_packed` made, uint8 [..., count]. Three bytes are four codes."""
+    threes = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 3)).unflatten(-1, (-1, 3))
+    first, second, third = threes.unbind(-1)
+    four = (first, first >> 6 | second << 2, second >> 4 | third << 4, third >> 2)
+    return torch.stack(four, dim=-1).flatten(-2)[..., :count] & (1 << CODE_BITS) - 1
 
 
 def attend_turned(

@@ -62,5 +62,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def in_bytes(rows: KVRows, isa: str) -> bool:
     """Whether queries that meet these keys, or weights that meet these values, are rounded to bytes."""
-    one_scale = rows.scales is not None and rows.bits == 8 and rows.scales.shape[-1] == 1
+    one_scale = rows.scales is not None and (rows.bits == 4 or rows.scales.shape[-1] == 1)
     return isa.startswith("avx512") and one_scale and rows.head_dim % 64 == 0

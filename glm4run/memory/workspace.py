@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glm4run.config import ModelConfig
-from glm4run.kv_format import SCALES, KVFormat, group_of
+from glm4run.kv_format import CODES, KVFormat, group_of
 from glm4run.memory.kernels import Kernel, Linear, kernel_scratch_bytes
 from glm4run.memory.sizes import MIB
 
@@ -200,13 +200,28 @@ def _rope(ledger: _Ledger, compute: Compute, tokens: int) -> None:
     ledger.drop("pairs", "turned pairs", "narrowed pairs", "q")
 
 
+def quantizing_bytes(config: ModelConfig, tokens: int, bits: int) -> int:
+    """What `kv_rows.quantize_rows` of new keys, or values, takes beside them.
+
+    The rows turned, in steps and rounded, each as floats; in 4 bits the error of every code for each group of 8, twice
+    more while it is computed, beside the steps.
+    """
+    new = 4 * tokens * config.num_key_value_heads * config.head_dim
+    if bits == 16:
+        return 0
+    return 4 * new if bits == 8 else new + 3 * new * len(CODES) // group_of(4, config.head_dim)
+
+
 def _quantize(ledger: _Ledger, compute: Compute, tokens: int, kv_format: KVFormat) -> None:
-    """`kv_rows.quantize_rows` of the new keys and values, one after the other: floats, turned, as steps and rounded."""
+    """New keys and values, one after the other."""
     if kv_format.is_quantized and not compute.native_attention:
         new = 4 * tokens * compute.config.num_key_value_heads * compute.config.head_dim
         unbiased = new if compute.config.attention_bias and kv_format.key_bits < 16 else 0
-        ledger.hold("cache", **{"keys less their bias": unbiased, "rows turned": 2 * new, "rows in steps": 2 * new})
-        ledger.drop("keys less their bias", "rows turned", "rows in steps")
+        rows = max(
+            quantizing_bytes(compute.config, tokens, bits) for bits in (kv_format.key_bits, kv_format.value_bits)
+        )
+        ledger.hold("cache", **{"keys less their bias": unbiased, "rows in steps": rows})
+        ledger.drop("keys less their bias", "rows in steps")
 
 
 def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
@@ -216,7 +231,7 @@ def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
     values = rows * config.head_dim
     if bits == 16:
         return (0 if compute.dtype_bytes == 4 else 4 * values), 0
-    scales = 4 * SCALES[bits] * rows * (config.head_dim // group_of(bits, config.head_dim))
+    scales = 4 * rows * (config.head_dim // group_of(bits, config.head_dim))
     return 4 * values, (values if bits == 4 else 0) + scales
 
 

@@ -164,6 +164,9 @@ def test_every_part_that_a_cache_depends_on_changes_the_fingerprint(tmp_path: Pa
     assert changed(same_again, rope_theta=5e5) == ["rope"]
     assert changed(same_again, dtype="bf16") == ["cache"]
     assert changed(same_again, kv_bits=8) == changed(same_again, kv_bits="8:4") == ["cache"]
+    for before in ("4", "8:4"):  # what rows of 4 bits were before groups had codes
+        kept = fingerprint(load_model(same_again, dtype="fp32", kv_bits=before))
+        assert differences(kept, {**base, "cache": f"float32, {before} bits"}) == ["cache"]
     other_values = write_checkpoint(tmp_path / "c", dialect="chat-2024")
     edit_tensors(other_values, {"model.layers.1.mlp.down_proj.weight": torch.full((128, 160), 0.5)})
     assert changed(other_values) == ["weights"]

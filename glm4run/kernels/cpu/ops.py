@@ -16,7 +16,7 @@ from glm4run.kv_format import group_of
 from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
-MAX_QUANTIZED_HEAD = 512  # of src/layer_ops.cpp
+MAX_QUANTIZED_HEAD = 512  # of src/kernels.h
 FEW_TOKENS, ONE_STRETCH = 8, 256  # tokens and positions, of src/layer_ops.cpp
 
 

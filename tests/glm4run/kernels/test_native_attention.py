@@ -98,7 +98,9 @@ def as_bytes(query: Tensor, layer: KVLayer, positions: int, isa: str) -> Tensor:
     totals = weights.sum(-1, keepdim=True)
     if in_bytes(layer.values, isa):
         assert layer.values.scales is not None
-        scales = layer.values.scales[:, :positions, 0].double().repeat_interleave(repeat, 0)[:, None]  # [H, 1, S]
+        kept = layer.values.scales[:, :positions]
+        scale = kept[..., 0] if layer.values.bits == 8 else kept[..., :2].contiguous().view(torch.float16)[..., 0]
+        scales = scale.double().repeat_interleave(repeat, 0)[:, None]  # [H, 1, S]
         dither = torch.tensor([(1 + 2 * int(f"{i:04b}"[::-1], 2)) / 32 for i in range(16)], dtype=torch.float64)
         for first in range(0, positions, 64):
             block = slice(first, min(first + 64, positions))

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 8
+#define GLM4RUN_ABI 9
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
@@ -50,9 +50,9 @@ struct G4Output {
 // says what a row is.
 struct G4CacheRows {
     uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits int8 [KVH, capacity, D]; of 4 bits bytes [KVH, capacity, D/2]
-    uint8_t* scales; // of quantized rows; null: floats
+    uint8_t* scales; // of quantized rows, with the codes of those of 4 bits; null: floats
     int32_t bits;    // 16 (floats of the cache's dtype, whatever their width), 8 or 4
-    int32_t group;   // values of a row that share a scale; heads are then at most 512 wide
+    int32_t group;   // values of a row that share a scale, or a code; heads are then at most 512 wide
     const float* offset; // [KVH, D], taken from every row before it is quantized; null: nothing
 };
 

@@ -1,6 +1,7 @@
 // Rows of a quantized cache, and attention over the rows of any: a part of kernels_generic.h, over the same vectors.
 #pragma once
 #include "kernels_generic.h"
+#include "rows4.h"
 
 namespace {
 
@@ -36,10 +37,9 @@ void turn_lanes(float* x, int64_t head_dim) {
     for (int64_t i = 0; i < head_dim; i++) Isa::store(x + i * LANES, Isa::mul(Isa::load(x + i * LANES), factor));
 }
 
-// (x - shift) * inverse, rounded to the nearest even and kept within low..high; NaN gives 0. The product is rounded
-// before anything is added to it: no fused instruction fits a rounding to integers.
-inline int32_t step_of(float x, float shift, float inverse, float low, float high) {
-    const float steps = __builtin_rintf((x - shift) * inverse);
+// x * inverse, rounded to the nearest even and kept within low..high; NaN gives 0.
+inline int32_t step_of(float x, float inverse, float low, float high) {
+    const float steps = __builtin_rintf(x * inverse);
     const float kept = steps < low ? low : steps > high ? high : steps;
     return kept == kept ? int32_t(kept) : 0;
 }
@@ -55,56 +55,60 @@ void quantize_row(float* x, const CacheRows& cache, int64_t index) {
     uint8_t* data = const_cast<uint8_t*>(cache.data) + index * cache.row_bytes();
     uint8_t* scales = const_cast<uint8_t*>(cache.scales) + index * cache.scale_bytes();
     turn(x, D);
+    if (cache.bits == 4) return quantize_in_4(x, D, group, data, scales, cache.scale_bytes());
     for (int64_t first = 0, g = 0; first < D; first += group, g++) {
-        float lowest = x[first], highest = x[first], largest = 0.0f;
+        float largest = 0.0f;
         bool ordered = true;
         for (int64_t i = first; i < first + group; i++) {
             const float magnitude = float_of(bits_of(x[i]) & 0x7FFFFFFF);
             ordered = ordered && x[i] == x[i];
-            lowest = x[i] < lowest ? x[i] : lowest;
-            highest = x[i] > highest ? x[i] : highest;
             largest = magnitude > largest ? magnitude : largest;
         }
-        const float nan = float_of(0x7FC00000);
-        const bool eight = cache.bits == 8;
-        const float range = !ordered ? nan : eight ? largest * (1.0f / 127.0f) : (highest - lowest) * (1.0f / 15.0f);
-        const uint16_t halves[2] = {float_to_half(range), float_to_half(ordered ? lowest : nan)};
-        memcpy(scales + g * (eight ? 2 : 4), halves, eight ? 2 : 4);
-        const float scale = half_to_float(halves[0]), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-        if (eight) {
-            for (int64_t i = first; i < first + group; i++)
-                data[i] = uint8_t(int8_t(step_of(x[i], 0.0f, inverse, -127.0f, 127.0f)));
-        } else {
-            const float minimum = half_to_float(halves[1]);
-            for (int64_t i = first; i < first + group; i++) {
-                const int32_t u = step_of(x[i], minimum, inverse, 0.0f, 15.0f);
-                data[i / 2] = uint8_t((i & 1) == 0 ? u : data[i / 2] | u << 4);
-            }
-        }
+        const uint16_t half = float_to_half(ordered ? largest * (1.0f / 127.0f) : float_of(0x7FC00000));
+        memcpy(scales + g * 2, &half, 2);
+        const float scale = half_to_float(half), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+        for (int64_t i = first; i < first + group; i++)
+            data[i] = uint8_t(int8_t(step_of(x[i], inverse, -127.0f, 127.0f)));
     }
 }
 
-// Rows first..first + count - 1 as floats [count][D], turned where they are kept so.
+// Rows first..first + count - 1 as floats [count][D], turned where they are kept so. Not of 4 bits, which become 8.
 void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out) {
     const int64_t D = cache.head_dim, group = cache.group;
     const uint8_t* data = cache.data + first * cache.row_bytes();
     if (cache.bits == 16) return to_float(data, cache.dtype, count * D, out);
     const uint8_t* scales = cache.scales + first * cache.scale_bytes();
-    if (cache.bits == 8) {
-        const int8_t* q = reinterpret_cast<const int8_t*>(data);
-        for (int64_t g = 0; g < count * D / group; g++, q += group, out += group) {
-            const float scale = half_at(scales, g);
-            for (int64_t i = 0; i < group; i++) out[i] = float(q[i]) * scale;
-        }
-        return;
+    const int8_t* q = reinterpret_cast<const int8_t*>(data);
+    for (int64_t g = 0; g < count * D / group; g++, q += group, out += group) {
+        const float scale = half_at(scales, g);
+        for (int64_t i = 0; i < group; i++) out[i] = float(q[i]) * scale;
     }
-    for (int64_t g = 0; g < count * D / group; g++, data += group / 2, out += group) {
-        const float scale = half_at(scales, 2 * g), minimum = half_at(scales, 2 * g + 1);
-        for (int64_t i = 0; i < group / 2; i++) {
-            out[2 * i] = float(data[i] & 15) * scale + minimum;
-            out[2 * i + 1] = float(data[i] >> 4) * scale + minimum;
+}
+
+// Rows of 4 bits as those of 8 bits that they are once their levels are looked up, at `bytes`; others as they are.
+inline CacheRows as_8_bits(const CacheRows& cache, const uint8_t* bytes) {
+    if (cache.bits != 4) return cache;
+    return {bytes, nullptr, cache.head_dim, cache.head_dim, 8, cache.dtype};
+}
+
+// Looks them up: rows of 4 bits to [count][D].
+template <typename I>
+[[gnu::noinline]] void widen_levels(const CacheRows& cache, int64_t first, int64_t count, int8_t* out) {
+    const int64_t D = cache.head_dim, side_bytes = cache.scale_bytes();
+    const uint8_t *data = cache.data + first * cache.row_bytes(), *side = cache.scales + first * side_bytes;
+    if constexpr (I::INT_TILES) {
+        if (D % 64 == 0) {
+            for (int64_t s = 0; s < count; s++, side += side_bytes)
+                for (int64_t d = 0; d < D; d += 64, data += 32, out += 64) {
+                    uint64_t codes; // eight are six bytes, before which there are two others in any case
+                    memcpy(&codes, side + d / 64 * 6, 8);
+                    I::widen_from_4(data, codes >> 16, CODE.steps, CODE.lowests, out);
+                }
+            return;
         }
     }
+    for (int64_t s = 0; s < count; s++, data += cache.row_bytes(), side += side_bytes, out += D)
+        widen_from_4(data, side, side_bytes, D, cache.group, out);
 }
 
 // Attention: the lanes are the query heads that share a key, so that every key and value is read once for all of them.
@@ -338,58 +342,43 @@ inline bool in_bf16(const AttentionRows& a, const CacheRows& cache) {
 // The same over quantized rows, in pairs of 16-bit integers: the rows' own, and 15 bits of queries and weights, so that
 // nothing but their last bit is lost. Twice as fast as floats.
 
-constexpr int64_t MAX_GROUPS = 16; // of a row: heads are at most 512 wide, groups no less than 32 (or a whole row)
+constexpr int64_t MAX_GROUPS = 4; // of a row: heads are at most 512 wide, groups 128 or a whole row
 
-// Scales of a block's rows as floats [count][groups]; minima where the rows have them, each behind its scale.
+// Scales of a block's rows as floats [count][groups].
 struct BlockScales {
-    float numbers[2 * ATTENTION_BLOCK * MAX_GROUPS];
-    int64_t groups, group, each;
-    bool four;
+    float numbers[ATTENTION_BLOCK * MAX_GROUPS];
+    int64_t groups, group;
 
-    BlockScales(const CacheRows& cache, int64_t first, int64_t count)
-        : groups(count > 0 ? cache.head_dim / cache.group : 0), group(cache.group), each(cache.bits == 4 ? 2 : 1), four(cache.bits == 4) {
-        if (count > 0) to_float(cache.scales + first * cache.scale_bytes(), G4_FP16, count * groups * each, numbers);
+    BlockScales(const CacheRows& cache, int64_t first, int64_t count) : group(as_8_bits(cache, nullptr).group) {
+        groups = count > 0 ? cache.head_dim / group : 0;
+        const uint8_t* scales = cache.scales + first * cache.scale_bytes();
+        if (count > 0 && cache.bits == 8) to_float(scales, G4_FP16, count * groups, numbers);
+        for (int64_t s = 0; s < count && cache.bits == 4; s++, scales += cache.scale_bytes()) numbers[s] = half_at(scales, 0);
     }
-    const float* at(int64_t row, int64_t g) const { return numbers + (row * groups + g) * each; }
+    const float* at(int64_t row, int64_t g) const { return numbers + row * groups + g; }
 };
 
 // Whether rows can be met as pairs of integers.
 inline bool in_pairs(const CacheRows& cache) {
-    return cache.bits != 16 && cache.group % 2 == 0 && cache.head_dim / cache.group <= MAX_GROUPS;
+    return cache.bits == 8 && cache.group % 2 == 0 && cache.head_dim / cache.group <= MAX_GROUPS;
 }
 
 // Keys as 16-bit integers [count][D].
 inline void widen_keys(const CacheRows& cache, int64_t first, int64_t count, int16_t* out) {
     const uint8_t* data = cache.data + first * cache.row_bytes();
-    if (cache.bits == 8) {
-        for (int64_t i = 0; i < count * cache.head_dim; i++) out[i] = int8_t(data[i]);
-    } else {
-        for (int64_t i = 0; i < count * cache.head_dim / 2; i++) {
-            out[2 * i] = data[i] & 15;
-            out[2 * i + 1] = data[i] >> 4;
-        }
-    }
+    for (int64_t i = 0; i < count * cache.head_dim; i++) out[i] = int8_t(data[i]);
 }
 
 // Values as 16-bit integers, two rows side by side: [pairs][D][2]; a missing last row is 0.
 inline void widen_values(const CacheRows& cache, int64_t first, int64_t count, int16_t* out) {
     const int64_t D = cache.head_dim, bytes = cache.row_bytes();
-    const uint8_t nothing[MAX_GROUPS * 32] = {};
+    const uint8_t nothing[MAX_GROUPS * 128] = {};
     for (int64_t s = 0; s < count; s += 2, out += 2 * D) {
         const uint8_t* a = cache.data + (first + s) * bytes;
         const uint8_t* b = s + 1 < count ? a + bytes : nothing;
-        if (cache.bits == 8) {
-            for (int64_t d = 0; d < D; d++) {
-                out[2 * d] = int8_t(a[d]);
-                out[2 * d + 1] = int8_t(b[d]);
-            }
-        } else {
-            for (int64_t i = 0; i < D / 2; i++) {
-                out[4 * i] = a[i] & 15;
-                out[4 * i + 1] = b[i] & 15;
-                out[4 * i + 2] = a[i] >> 4;
-                out[4 * i + 3] = b[i] >> 4;
-            }
+        for (int64_t d = 0; d < D; d++) {
+            out[2 * d] = int8_t(a[d]);
+            out[2 * d + 1] = int8_t(b[d]);
         }
     }
 }
@@ -416,10 +405,9 @@ inline void steps_of(const float* largest, float most, float* step, float* inver
 struct IntQueries {
     const int16_t* pairs; // [D / 2][16][2]
     const float* step;    // [16]
-    const float* sums;    // [groups][16], of a group's integers
 };
 
-constexpr int64_t INT_QUERY_FLOATS = (2 + MAX_GROUPS) * LANES; // beside the pairs; what belongs to weights is last
+constexpr int64_t INT_QUERY_FLOATS = 2 * LANES; // beside the pairs; what belongs to weights is last
 
 // The step of queries [D][16] of which the largest has `most`, and its inverse. NaN where one is not finite.
 inline void largest_query(const float* query, int64_t head_dim, float most, float* step, float* inverse) {
@@ -437,9 +425,8 @@ inline void largest_query(const float* query, int64_t head_dim, float most, floa
     for (int64_t l = 0; l < LANES; l++) step[l] = finite[l] == 0.0f ? step[l] : float_of(0x7FC00000);
 }
 
-// Turns queries float [D][16] into integers at the same place; `beside` takes their steps and sums.
-inline void round_queries(float* query, const CacheRows& keys, float* beside) {
-    const int64_t D = keys.head_dim, half = keys.group / 2;
+// Turns queries float [D][16] into integers at the same place; `beside` takes their steps.
+inline void round_queries(float* query, int64_t D, float* beside) {
     float inverse[LANES];
     largest_query(query, D, 32767.0f, beside, inverse);
     int16_t* pairs = reinterpret_cast<int16_t*>(query);
@@ -447,12 +434,6 @@ inline void round_queries(float* query, const CacheRows& keys, float* beside) {
     for (int64_t i = 0; i < D / 2; i++) { // in place: a pair of rows becomes half a row, which lies before it
         const Float a = Isa::load(query + 2 * i * LANES), b = Isa::load(query + (2 * i + 1) * LANES);
         round_pairs(a, b, factor, pairs + i * 2 * LANES);
-    }
-    const int16_t ones[2] = {1, 1};
-    for (int64_t g = 0; g < D / keys.group; g++) {
-        Int sum[1] = {Isa::int_set1(0)};
-        Isa::template dot_pairs<1>(pairs + g * half * 2 * LANES, ones, 0, 0, half, sum);
-        Isa::store(beside + (1 + g) * LANES, Isa::to_float(sum[0]));
     }
 }
 
@@ -470,9 +451,7 @@ template <int T>
                                    k.group / 2, sums);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
-            const float* scale = k.at(row + t, g);
-            totals[t] = Isa::fma(Isa::to_float(sums[t]), Isa::set1(scale[0]), totals[t]);
-            if (k.four) totals[t] = Isa::fma(Isa::load(q.sums + g * LANES), Isa::set1(scale[1]), totals[t]);
+            totals[t] = Isa::fma(Isa::to_float(sums[t]), Isa::set1(*k.at(row + t, g)), totals[t]);
         }
     }
     const Float step = Isa::load(q.step);
@@ -482,7 +461,7 @@ template <int T>
 
 template <int T>
 [[gnu::noinline]] void weigh_pairs(const int16_t* weights, const int16_t* values, int64_t head_dim, int64_t pairs, int64_t d,
-                        Float step, Float minimum, float* out) {
+                        Float step, float* out) {
     Int sums[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) sums[t] = Isa::int_set1(0);
@@ -490,30 +469,28 @@ template <int T>
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) {
         float* target = out + (d + t) * LANES;
-        Isa::store(target, Isa::fma(Isa::to_float(sums[t]), step, Isa::add(Isa::load(target), minimum)));
+        Isa::store(target, Isa::fma(Isa::to_float(sums[t]), step, Isa::load(target)));
     }
 }
 
 // A block's weights, times the scale of a group of their values, as integers in pairs [(count + 1) / 2][16][2].
 struct IntWeights {
     int16_t pairs[ATTENTION_BLOCK * LANES];
-    float step[LANES], minimum[LANES]; // what an integer stands for, and what the values' minima add to every result
+    float step[LANES]; // what an integer stands for
 
     void round(const float* weights, const BlockScales& v, int64_t g, int64_t count) {
         float scaled[(ATTENTION_BLOCK + 1) * LANES], largest[LANES], inverse[LANES];
-        Float most = Isa::zero(), minima = Isa::zero();
+        Float most = Isa::zero();
         bool ordered = true;
         for (int64_t s = 0; s < count; s++) {
-            const float scale = v.at(s, g)[0];
+            const float scale = *v.at(s, g);
             ordered = ordered && scale < 3.0e38f;
-            const Float weight = Isa::load(weights + s * LANES), one = Isa::mul(weight, Isa::set1(scale));
+            const Float one = Isa::mul(Isa::load(weights + s * LANES), Isa::set1(scale));
             Isa::store(scaled + s * LANES, one);
             most = Isa::max(most, one);
-            if (v.four) minima = Isa::fma(weight, Isa::set1(v.at(s, g)[1]), minima);
         }
         Isa::store(scaled + count * LANES, Isa::zero());
         Isa::store(largest, most);
-        Isa::store(minimum, minima);
         steps_of(largest, 32767.0f, step, inverse);
         const Float factor = Isa::load(inverse);
         for (int64_t s = 0; s < count; s += 2)
@@ -529,18 +506,18 @@ inline void attend_int_values(const float* weights, const BlockScales& v, const 
     IntWeights w;
     for (int64_t g = 0; g < v.groups; g++) {
         w.round(weights, v, g, count);
-        const Float step = Isa::load(w.step), minimum = Isa::load(w.minimum);
+        const Float step = Isa::load(w.step);
         const int64_t end = (g + 1) * v.group;
         int64_t d = g * v.group;
         for (; d + T <= end; d += T) {
             ahead.columns(T, count);
-            weigh_pairs<T>(w.pairs, values, head_dim, (count + 1) / 2, d, step, minimum, out);
+            weigh_pairs<T>(w.pairs, values, head_dim, (count + 1) / 2, d, step, out);
         }
-        for (; d < end; d++) weigh_pairs<1>(w.pairs, values, head_dim, (count + 1) / 2, d, step, minimum, out);
+        for (; d < end; d++) weigh_pairs<1>(w.pairs, values, head_dim, (count + 1) / 2, d, step, out);
     }
 }
 
-// The same where an instruction multiplies 16 lanes of four bytes, or of two 16-bit integers.
+// The same where an instruction multiplies 16 lanes of four bytes.
 //
 // Rows of 8 bits with one scale are met as bytes, by queries and weights that are rounded to bytes too, which makes twice as
 // many products in an instruction as 16 bits. A query's rounding then weighs as much as that of the keys. Weights are rounded
@@ -559,9 +536,6 @@ struct IntTiles {
 
     static bool in_bytes(const CacheRows& rows) {
         return I::INT_TILES && rows.bits == 8 && rows.group == rows.head_dim && rows.head_dim % 64 == 0;
-    }
-    static bool in_fours(const CacheRows& values) {
-        return I::INT_TILES && values.bits == 4 && in_pairs(values) && values.group % LANES == 0;
     }
 
     // Queries [D][16] to unsigned bytes [D / 4][16][4] at the same place, 128 above what they stand for; and their steps.
@@ -613,7 +587,7 @@ struct IntTiles {
     static constexpr float BYTE_TOP = 254.5f, LOG2_BYTE_TOP = 7.99152f; // a little less than its logarithm
     [[gnu::noinline]] static Float byte_weights(float* scores, const BlockScales& v, int64_t count, Float factor, Float shift,
                                                 Float highest, float* sums) {
-        const float largest = largest_scale(v, 0, count), inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+        const float largest = largest_scale(v, count), inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
         float scales[ATTENTION_BLOCK];
         for (int64_t s = 0; s < count; s++) scales[s] = v.numbers[s] * inverse;
         // Weights are counted in steps at once: 2^(factor * score - highest) * BYTE_TOP.
@@ -669,75 +643,14 @@ struct IntTiles {
             Isa::store(out + c * LANES, Isa::fma(Isa::to_float(sums[c]), step, Isa::load(out + c * LANES)));
     }
 
-    // Scores [count][16] to weights 2^(factor * score - shift) in place. Returns the highest, of which a step of integers is
-    // made before they are met.
-    [[gnu::noinline]] static Float weights(float* scores, int64_t count, Float factor, Float shift, Float highest, float* sums) {
-        const Float minus = Isa::mul(shift, Isa::set1(-1.0f));
-        Float total = Isa::zero();
-        for (int64_t s = 0; s < count; s++) {
-            const Float weight = I::exp2_of(Isa::fma(Isa::load(scores + s * LANES), factor, minus));
-            total = Isa::add(total, weight);
-            Isa::store(scores + s * LANES, weight);
-        }
-        Isa::store(sums, Isa::add(Isa::load(sums), total));
-        return I::exp2_of(Isa::add(highest, minus));
-    }
-
     // NaN where one is not finite: as integers those are the largest.
-    static float largest_scale(const BlockScales& v, int64_t g, int64_t count) {
-        const float* scale = v.at(0, g);
-        const int64_t step = v.groups * v.each;
+    static float largest_scale(const BlockScales& v, int64_t count) {
         uint32_t largest = 0;
-        for (int64_t s = 0; step == 1 && s < count; s++) { // the same, which the compiler can do for many at once
-            const uint32_t bits = bits_of(scale[s]);
-            largest = bits > largest ? bits : largest;
-        }
-        if (step == 1) return largest < 0x7F800000 ? float_of(largest) : float_of(0x7FC00000);
         for (int64_t s = 0; s < count; s++) {
-            const uint32_t bits = bits_of(scale[s * step]);
+            const uint32_t bits = bits_of(v.numbers[s]);
             largest = bits > largest ? bits : largest;
         }
         return largest < 0x7F800000 ? float_of(largest) : float_of(0x7FC00000);
-    }
-
-    // Weights of one group, as floats, to pairs; gives step and minimum.
-    static void round(const float* weights, const BlockScales& v, int64_t g, int64_t count, Float top, IntWeights& w) {
-        float largest[LANES], inverse[LANES];
-        Isa::store(largest, Isa::mul(top, Isa::set1(largest_scale(v, g, count))));
-        steps_of(largest, 32767.0f, w.step, inverse);
-        const Float factor = Isa::load(inverse);
-        Float minima = Isa::zero();
-        for (int64_t s = 0; s < count; s += 2) {
-            const bool two = s + 1 < count;
-            const float *first = v.at(s, g), *second = v.at(s + two, g);
-            const Float a = Isa::load(weights + s * LANES), b = two ? Isa::load(weights + (s + 1) * LANES) : Isa::zero();
-            if (v.four) minima = Isa::fma(b, Isa::set1(second[1]), Isa::fma(a, Isa::set1(first[1]), minima));
-            I::int_pairs(Isa::mul(a, Isa::set1(first[0])), Isa::mul(b, Isa::set1(second[0])), factor, w.pairs + s * LANES);
-        }
-        Isa::store(w.minimum, minima);
-    }
-
-    // out [16][D] += weights times a block of values of 4 bits. `top` is what `weights` gave.
-    static void weigh(const float* weights, Float top, const BlockScales& v, const CacheRows& values, int64_t first,
-                      int64_t count, Ahead& ahead, float* out) {
-        const int64_t D = values.head_dim;
-        const uint8_t* rows = values.data + first * values.row_bytes();
-        IntWeights w;
-        for (int64_t g = 0; g < v.groups; g++) {
-            round(weights, v, g, count, top, w);
-            for (int64_t d = g * v.group; d < (g + 1) * v.group; d += LANES)
-                weigh_tile(w, rows + d / 2, values.row_bytes(), count, ahead, D, out + d);
-        }
-    }
-    [[gnu::noinline]] static void weigh_tile(const IntWeights& w, const uint8_t* rows, int64_t stride, int64_t count,
-                                             Ahead& ahead, int64_t head_dim, float* out) {
-        Int sums[LANES];
-        I::weigh_fours(w.pairs, rows, stride, count, ahead, sums);
-#pragma GCC unroll 16
-        for (int l = 0; l < LANES; l++) {
-            const Float before = Isa::add(Isa::load(out + l * head_dim), Isa::set1(w.minimum[l]));
-            Isa::store(out + l * head_dim, Isa::fma(Isa::to_float(sums[l]), Isa::set1(w.step[l]), before));
-        }
     }
 };
 
@@ -760,10 +673,11 @@ void prepare_query(const AttentionRows& a, int64_t token, float* row, float* que
     if (a.keys.turned()) turn_lanes(query, D);
     const Float scale = Isa::set1(a.scale * LOG2_E);
     for (int64_t d = 0; d < D; d++) Isa::store(query + d * LANES, Isa::mul(Isa::load(query + d * LANES), scale));
-    if (!in_pairs(a.keys)) return;
+    const CacheRows keys = as_8_bits(a.keys, nullptr);
+    if (!in_pairs(keys)) return;
     if constexpr (I::INT_TILES)
-        if (IntTiles<I>::in_bytes(a.keys)) return IntTiles<I>::round_queries(query, D, beside);
-    round_queries(query, a.keys, beside);
+        if (IntTiles<I>::in_bytes(keys)) return IntTiles<I>::round_queries(query, D, beside);
+    round_queries(query, D, beside);
 }
 
 // Block by block of positions, which are prepared once for all tokens.
@@ -772,22 +686,24 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                  float* out) {
     constexpr int T = Isa::FMA_TOKENS;
     const int64_t D = a.keys.head_dim, each = (D + 2) * LANES;
-    const bool int_keys = in_pairs(a.keys), int_values = in_pairs(a.values);
-    const bool bf16_keys = in_bf16<I>(a, a.keys), bf16_values = in_bf16<I>(a, a.values);
-    const bool byte_keys = IntTiles<I>::in_bytes(a.keys), byte_values = IntTiles<I>::in_bytes(a.values);
-    const bool fours = IntTiles<I>::in_fours(a.values);
     float* rows = scratch;                                    // [ATTENTION_BLOCK][D]
+    int16_t* words = reinterpret_cast<int16_t*>(rows);        // half of it
+    int8_t* bytes = reinterpret_cast<int8_t*>(words + ATTENTION_BLOCK * D); // half of the rest
+    const CacheRows keys = as_8_bits(a.keys, reinterpret_cast<const uint8_t*>(bytes));
+    const CacheRows values = as_8_bits(a.values, reinterpret_cast<const uint8_t*>(bytes));
+    const bool int_keys = in_pairs(keys), int_values = in_pairs(values);
+    const bool bf16_keys = in_bf16<I>(a, keys), bf16_values = in_bf16<I>(a, values);
+    const bool byte_keys = IntTiles<I>::in_bytes(keys), byte_values = IntTiles<I>::in_bytes(values);
     float* queries = rows + ATTENTION_BLOCK * D;              // [tokens][D][16]
     float* scores = queries + tokens * D * LANES;             // [tokens][ATTENTION_BLOCK][16]
     float* beside = scores + tokens * ATTENTION_BLOCK * LANES;
-    int16_t* words = reinterpret_cast<int16_t*>(rows);
     const auto query_of = [&](int64_t t) { return a.prepared != nullptr ? a.prepared : queries + t * D * LANES; };
     const auto beside_query_of = [&](int64_t t) {
         return a.prepared != nullptr ? a.prepared + D * LANES : beside + t * INT_QUERY_FLOATS;
     };
     const auto running = [&](int64_t t) {
         float* mine = out + t * each;
-        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values || fours};
+        return Running{mine, mine + D * LANES, mine + (D + 1) * LANES, D, bf16_values};
     };
     for (int64_t t = 0; t < tokens; t++) {
         if (a.prepared == nullptr)
@@ -802,9 +718,11 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                          behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows,
                          count * D / (byte_values ? 64 : 32));
         int32_t excess[ATTENTION_BLOCK];
-        if (int_keys && !byte_keys) widen_keys(a.keys, s, count, words);
+        const int64_t key_at = a.keys.bits == 4 ? 0 : s, value_at = a.values.bits == 4 ? 0 : s; // in `keys` and `values`
+        if (a.keys.bits == 4) widen_levels<I>(a.keys, s, count, bytes);
+        if (int_keys && !byte_keys) widen_keys(keys, key_at, count, words);
         if constexpr (I::INT_TILES)
-            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, count, 128, excess);
+            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(keys.data) + key_at * D, D, count, 128, excess);
         if (!int_keys && !bf16_keys) read_rows(a.keys, s, count, rows);
         const BlockScales key_scales(a.keys, s, int_keys ? count : 0), value_scales(a.values, s, int_values ? count : 0);
         for (int64_t t = 0; t < tokens; t++) {
@@ -818,7 +736,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 if constexpr (I::INT_TILES) {
                     const auto of = D == 128 ? IntTiles<I>::template scores<128> : IntTiles<I>::template scores<0>;
                     highest = of(reinterpret_cast<const uint8_t*>(query),
-                                 reinterpret_cast<const int8_t*>(a.keys.data) + s * D, D, excess, key_scales, seen,
+                                 reinterpret_cast<const int8_t*>(keys.data) + key_at * D, D, excess, key_scales, seen,
                                  values_ahead, target);
                     factor = Isa::load(mine);
                     highest = Isa::mul(highest, factor);
@@ -833,7 +751,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 }
             } else {
                 if (int_keys) {
-                    const IntQueries q{reinterpret_cast<const int16_t*>(query), mine, mine + LANES};
+                    const IntQueries q{reinterpret_cast<const int16_t*>(query), mine};
                     int64_t i = 0;
                     for (; i + T <= seen; i += T) {
                         values_ahead.rows(T);
@@ -854,16 +772,16 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 const Float shift = Isa::load(sums.shift);
                 if (byte_values)
                     Isa::store(kept, IntTiles<I>::byte_weights(target, value_scales, seen, factor, shift, highest, sums.sums));
-                if (fours) Isa::store(kept, IntTiles<I>::weights(target, seen, factor, shift, highest, sums.sums));
             }
-            if (!bf16_values && !byte_values && !fours) {
+            if (!bf16_values && !byte_values) {
                 weights_of(target, seen, factor, Isa::load(sums.shift));
                 add_weights(target, seen, sums.sums);
             }
         }
+        if (a.values.bits == 4) widen_levels<I>(a.values, s, count, bytes);
         if constexpr (I::INT_TILES)
-            if (byte_values) IntTiles<I>::four_rows(a.values, s, count, reinterpret_cast<uint8_t*>(rows));
-        if (int_values && !byte_values && !fours) widen_values(a.values, s, count, words);
+            if (byte_values) IntTiles<I>::four_rows(values, value_at, count, reinterpret_cast<uint8_t*>(rows));
+        if (int_values && !byte_values) widen_values(values, value_at, count, words);
         if (!int_values && !bf16_values) read_rows(a.values, s, count, rows);
         for (int64_t t = 0; t < tokens; t++) {
             const int64_t seen = seen_by(t);
@@ -874,14 +792,11 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                 if constexpr (I::BF16_DOTS)
                     Bf16<I>::weigh(reinterpret_cast<const uint16_t*>(mine),
                                    reinterpret_cast<const uint16_t*>(a.values.data) + s * D, D, seen, keys_ahead, sums);
-            } else if (byte_values || fours) {
+            } else if (byte_values) {
                 if constexpr (I::INT_TILES) {
-                    const Float kept = Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES);
-                    if (byte_values)
-                        IntTiles<I>::weigh_bytes(reinterpret_cast<const uint8_t*>(mine), kept, reinterpret_cast<uint8_t*>(rows),
-                                                 D, seen, keys_ahead, sums);
-                    else
-                        IntTiles<I>::weigh(mine, kept, value_scales, a.values, s, seen, keys_ahead, sums);
+                    IntTiles<I>::weigh_bytes(reinterpret_cast<const uint8_t*>(mine),
+                                             Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES),
+                                             reinterpret_cast<uint8_t*>(rows), D, seen, keys_ahead, sums);
                 }
             } else if (int_values) {
                 attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);

@@ -36,13 +36,13 @@ struct Rows {
 // Keys or values of one KV head, [S] rows.
 struct CacheRows {
     const uint8_t* data;
-    const uint8_t* scales; // float16 numbers of each row; null: floats
+    const uint8_t* scales; // of 8 bits float16, one of each group; of 4 bits one of the row and codes of groups; null: floats
     int64_t head_dim, group;
     int32_t bits, dtype;
 
     bool turned() const { return bits != 16; } // quantized rows are, by a Hadamard matrix: kv_rows.py
     int64_t row_bytes() const { return bits == 16 ? head_dim * dtype_bytes(dtype) : head_dim * bits / 8; }
-    int64_t scale_bytes() const { return bits == 16 ? 0 : head_dim / group * (bits == 8 ? 2 : 4); }
+    int64_t scale_bytes() const { return bits == 16 ? 0 : bits == 8 ? head_dim / group * 2 : 2 + (head_dim / group * 6 + 7) / 8; }
 };
 
 // Causal attention of T new queries over S positions; one KV head and the queries that share it.
@@ -63,6 +63,7 @@ constexpr int64_t GEMM_BLOCK_TOKENS = 128; // a group of their activations and t
 constexpr int64_t MAX_DECODE_TOKENS = 16;
 constexpr int64_t ATTENTION_LANES = 16; // query heads computed together
 constexpr int64_t ATTENTION_BLOCK = 64; // positions
+constexpr int64_t MAX_QUANTIZED_HEAD = 512;
 
 // Part of a product with one panel: tokens, and groups of activations.
 struct GemmBlock {

@@ -74,7 +74,6 @@ void rope_piece(const void* context, int64_t index, Ticket&) {
 constexpr int64_t MIN_STRETCH = 256; // positions
 constexpr int64_t MAX_STRETCHES = 16;
 constexpr int64_t FEW_TOKENS = 8;      // up to so many, stretches of the context are what can be shared out
-constexpr int64_t MAX_QUANTIZED_HEAD = 512;
 constexpr int64_t APPEND_TOKENS = 8;   // of a piece
 constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 

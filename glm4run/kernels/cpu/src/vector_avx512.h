@@ -296,29 +296,19 @@ struct Isa {
         const Int high = _mm512_ternarylogic_epi32(_mm512_slli_epi32(bits[2], 8), _mm512_slli_epi32(bits[3], 16), int_set1(0xFFFFFF), 0xE4);
         _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(low, high, int_set1(0xFFFF), 0xE4));
     }
-    // sums[l] = w[.][l] * x over `count` rows of 16 integers of 4 bits: w 16-bit, pairs of rows [(count + 1) / 2][16][2].
-    template <typename Ahead>
-    static inline void weigh_fours(const int16_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
-                                   Int (&sums)[16]) {
-#pragma GCC unroll 16
-        for (int l = 0; l < 16; l++) sums[l] = int_set1(0);
-        for (int64_t s = 0; s < count; s += 2, w += 32, x += 2 * stride) {
-            Int row = pair_of_rows(x, s + 1 < count ? x + stride : nullptr);
-            once(row);
-            ahead.line();
-#pragma GCC unroll 16
-            for (int l = 0; l < 16; l++) add_pairs(sums[l], row, w + 2 * l);
-        }
-    }
-    // 16 integers of two rows as 16-bit pairs. A row that is null counts as zeros.
-    static inline Int pair_of_rows(const uint8_t* a, const uint8_t* b) {
-        const __m128i first = sixteen(a), second = b != nullptr ? sixteen(b) : _mm_setzero_si128();
-        const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi8(first, second));
-        return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(low, _mm_unpackhi_epi8(first, second), 1));
-    }
-    static inline __m128i sixteen(const uint8_t* p) {
-        const __m128i raw = _mm_loadl_epi64((const __m128i*)p), mask = _mm_set1_epi8(15);
-        return _mm_unpacklo_epi8(_mm_and_si128(raw, mask), _mm_and_si128(_mm_srli_epi16(raw, 4), mask));
+    // 64 values of a row in 4 bits, whose eight groups have the lowest 6-bit codes of `codes`: step * u + lowest. The words
+    // of `steps` and `lowests` are looked up; a product of one with two levels is two bytes, as none is above 16 * 15.
+    static inline void widen_from_4(const uint8_t* data, uint64_t codes, const uint16_t* steps, const uint16_t* lowests,
+                                    int8_t* out) {
+        const Int places = _mm512_set_epi64(42, 36, 30, 24, 18, 12, 6, 0);
+        const Int words = _mm512_set4_epi32(0x09080908, 0x09080908, 0x01000100, 0x01000100);
+        const Int each = _mm512_and_si512(_mm512_srlv_epi64(_mm512_set1_epi64(int64_t(codes)), places), _mm512_set1_epi64(63));
+        const Int code = _mm512_shuffle_epi8(each, words);
+        const Int step = _mm512_permutex2var_epi16(_mm512_loadu_si512(steps), code, _mm512_loadu_si512(steps + 32));
+        const Int lowest = _mm512_permutex2var_epi16(_mm512_loadu_si512(lowests), code, _mm512_loadu_si512(lowests + 32));
+        const Int pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)data));
+        const Int levels = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
+        _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(levels, step), lowest));
     }
     // 2^x for x of at most 128; relative error below 3e-6. NaN stays.
     static inline Float exp2_of(Float x) {
@@ -328,11 +318,6 @@ struct Isa {
         p = fma(p, r, set1(6.9312181e-1f));
         p = fma(p, r, set1(9.9999926e-1f));
         return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
-    }
-    // Two rows of 16 floats, times `inverse` and rounded to 16 bits, as 16 pairs.
-    static inline void int_pairs(Float a, Float b, Float inverse, int16_t* out) {
-        const Float magic = set1(12582912.0f);
-        _mm512_storeu_si512(out, low_words(fma(a, inverse, magic), fma(b, inverse, magic)));
     }
 #if defined(G4_AVX512_BF16)
     // sums[t] += w * x over `pairs` of bf16: w [pairs][16][2], the same two of x in every lane. An instruction makes as many
