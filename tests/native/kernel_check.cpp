@@ -542,8 +542,8 @@ struct KeptRows {
     }
 };
 
-// New rows lie within half a step of what they were, 4 bits of which may be short of the row's ends, and attention is that of
-// what the bytes say. `bytes`: queries that meet keys, and weights that meet values, are rounded to bytes where 64 divides D.
+// New rows of 8 bits lie within half a step of what they were, groups of 4 bits in the mean within that of their largest step,
+// and attention is that of what the bytes say. `bytes`: queries that meet keys, and weights that meet values, are rounded to bytes where 64 divides D.
 void check_quantized_case(int32_t key_bits, int32_t value_bits, int64_t heads, int64_t kv_heads, int64_t D, int64_t T,
                           int64_t S, bool bytes, Random& random, Errors& errors) {
     const double allowed = bytes && D % 64 == 0 ? 4e-3 : 1e-3;
@@ -560,11 +560,14 @@ void check_quantized_case(int32_t key_bits, int32_t value_bits, int64_t heads, i
         for (int64_t s = 0; s < S; s++) {
             double* row = key.exact.data() + (s * kv_heads + h) * D;
             turn_exactly(row, D);
-            for (int64_t d = 0; d < D; d++) {
-                double most = 0;
-                for (const double* x = row; x < row + D; x++) most = std::max(most, fabs(*x));
-                const double step = most / 127 * (key_bits == 8 ? 1 : 20);
-                errors.add(keys.exact[size_t((h * S + s) * D + d)], row[d], 0.52 * step + 2e-3 * most + 1e-6);
+            double most = 0;
+            for (int64_t d = 0; d < D; d++) most = std::max(most, fabs(row[d]));
+            const double *kept = keys.exact.data() + (h * S + s) * D;
+            for (int64_t d = 0; d < D && key_bits == 8; d++) errors.add(kept[d], row[d], 0.52 * most / 127 + 2e-3 * most + 1e-6);
+            for (int64_t first = 0; first < D && key_bits == 4; first += keys.rows.group) {
+                double square = 0;
+                for (int64_t d = first; d < first + keys.rows.group; d++) square += (kept[d] - row[d]) * (kept[d] - row[d]);
+                errors.add(sqrt(square / double(keys.rows.group)), 0.0, 8.1 * most / 127 + 2e-3 * most + 1e-6);
             }
         }
     const int64_t floats = g4_attention_floats(T, heads, kv_heads, D, S);
