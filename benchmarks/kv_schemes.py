@@ -25,10 +25,13 @@ from torch import Tensor
 
 from glm4run import load_model
 from glm4run.generate import LoadedModel
+from glm4run.kernels.cpu import ops as native
 from glm4run.key_offset import key_offsets
+from glm4run.kv_cache import KVCache
+from glm4run.kv_format import parse_kv_bits
 from glm4run.kv_rows import KVLayer, dequantize_rows, quantize_rows, turn
 from glm4run.model import DecoderLayer
-from glm4run.ops import Ops
+from glm4run.ops import NativeOps, Ops
 
 Rounding = Callable[[Tensor], Tensor]
 CHUNK, ROWS = 512, 64
@@ -124,6 +127,17 @@ SCHEMES: dict[str, tuple[Rounding, Rounding]] = {
 }
 
 
+# What the native attention loses, whose queries and weights are integers as well: names and `--kv-bits`.
+NATIVE = {f"the native library, --kv-bits {kept}": kept for kept in ("8", "8:4", "4")}
+
+
+class Library(NativeOps):
+    """The native attention, over a cache that is quantized, for few heads too."""
+
+    def attend(self, query: Tensor, cache: KVLayer, end: int) -> Tensor:
+        return native.attention(query.contiguous(), cache, end)
+
+
 class Rounded(Ops):
     """Torch's operations over a cache of floats that hold what a scheme would give back."""
 
@@ -166,7 +180,21 @@ def hidden_states(
     offsets = key_offsets(model.model) if less_bias else []
     for number, layer in enumerate(layers(model)):
         layer.self_attn.ops = Rounded(scheme, offsets[number] if offsets else None)
-    cache = model.new_context().cache
+    return scored(model, ids, model.new_context().cache)
+
+
+def in_the_library(model: LoadedModel, ids: list[int], kept: str) -> Tensor:
+    for layer in layers(model):
+        layer.self_attn.ops = Library()
+    config, offsets = model.config, key_offsets(model.model)
+    device = torch.device("cpu")
+    cache = KVCache(
+        config, len(ids), dtype=torch.float32, device=device, kv_format=parse_kv_bits(kept), key_offsets=offsets
+    )
+    return scored(model, ids, cache)
+
+
+def scored(model: LoadedModel, ids: list[int], cache: KVCache) -> Tensor:
     parts = [model.model.hidden_states(torch.tensor(ids[i : i + CHUNK]), cache) for i in range(0, len(ids), CHUNK)]
     return torch.cat(parts)[len(ids) // 2 :]
 
@@ -176,7 +204,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), metavar="NAME")
+    parser.add_argument(
+        "--schemes", nargs="+", choices=[*SCHEMES, *NATIVE], default=[*SCHEMES, *NATIVE], metavar="NAME"
+    )
     parser.add_argument("--key-outliers", type=float, default=0.0)
     parser.add_argument("--slow", action="store_true", help="outliers where RoPE turns least")
     args = parser.parse_args()
@@ -191,7 +221,11 @@ def main() -> None:
         exact = hidden_states(model, ids, (unchanged, unchanged))
         for name in args.schemes:
             less_bias = "--kv-bits" in name or "less the bias" in name
-            ours, kl, same = hidden_states(model, ids, SCHEMES[name], less_bias=less_bias), 0.0, 0
+            if name in SCHEMES:
+                ours = hidden_states(model, ids, SCHEMES[name], less_bias=less_bias)
+            else:
+                ours = in_the_library(model, ids, NATIVE[name])
+            kl, same = 0.0, 0
             for first in range(0, len(ours), ROWS):
                 p, q = (model.model.lm_head(h[first : first + ROWS]).double().log_softmax(-1) for h in (exact, ours))
                 kl += float((p.exp() * (p - q)).sum())
