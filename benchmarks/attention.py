@@ -31,7 +31,8 @@ from glm4run.ops import Ops
 HEADS, KV_HEADS, HEAD_DIM = 32, 2, 128
 SPREAD_BYTES = 160 << 20
 CPU = torch.device("cpu")
-TOLERANCE = 0.01  # of the largest result: bf16
+# Of the largest result. Queries and weights that meet integers are rounded to 8 bits, and random values cancel out.
+TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.04
 
 
 def filled(kind: str, positions: int) -> KVLayer:
@@ -60,7 +61,7 @@ def validate(kind: str) -> float:
         expected = Ops().attend(query, layer, 1031).float()
         error = (native.attention(query, layer, 1031).float() - expected).abs().max() / expected.abs().max()
         worst = max(worst, float(error))
-    if not worst <= TOLERANCE:
+    if not worst <= (TOLERANCE if kind == "16" else ROUNDED_TOLERANCE):
         raise SystemExit(f"cache of {kind} bits: wrong by {worst:.4f} of the largest result")
     return worst
 
