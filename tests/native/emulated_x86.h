@@ -49,6 +49,11 @@ static inline __m512i emulated_cvtepu16_epi32(__m256i x) {
                              _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 
+static inline __m512i emulated_cvtepu8_epi16(__m256i x) {
+    return emulated_integers(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(x)),
+                             _mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1)));
+}
+
 static inline __m512i emulated_srai_epi32(__m512i x, unsigned count) {
     const simde__m512i_private in = simde__m512i_to_private(x);
     return emulated_integers(_mm256_srai_epi32(in.m256i[0], int(count)), _mm256_srai_epi32(in.m256i[1], int(count)));
@@ -85,6 +90,7 @@ static inline __m256i emulated_dpwssd(__m256i sum, __m256i a, __m256i b) {
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepu8_epi16
 #undef _mm512_srai_epi32
 #undef _mm256_dpbusd_avx_epi32
 #undef _mm256_dpwssd_avx_epi32
@@ -93,6 +99,7 @@ static inline __m256i emulated_dpwssd(__m256i sum, __m256i a, __m256i b) {
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
+#define _mm512_cvtepu8_epi16 emulated_cvtepu8_epi16
 #define _mm512_srai_epi32 emulated_srai_epi32
 #define _mm256_dpbusd_avx_epi32 emulated_dpbusd
 #define _mm256_dpwssd_avx_epi32 emulated_dpwssd

@@ -72,13 +72,12 @@ void rope_piece(const void* context, int64_t index, Ticket&) {
 // Attention of few new tokens is shared out over KV heads, groups of 16 query heads, tokens and stretches of the
 // context; a second job adds the stretches up.
 constexpr int64_t MIN_STRETCH = 256; // positions
-constexpr int64_t MAX_STRETCHES = 16;
+constexpr int64_t MAX_STRETCHES = 16; // of a KV head; each begins before its rows are fetched, and is added up
 constexpr int64_t FEW_TOKENS = 8;      // up to so many, stretches of the context are what can be shared out
 constexpr int64_t APPEND_TOKENS = 8;   // of a piece
 constexpr int64_t PREFILL_TOKENS = 16; // of a piece: their queries and sums stay in the second-level cache
 
 int64_t pieces_of(int64_t rows, int64_t each) { return (rows + each - 1) / each; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How the positions that one token sees are cut. By nothing else, so that a token's result is the same bits for any
 // number of threads and of tokens beside it.
