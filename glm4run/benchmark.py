@@ -225,18 +225,25 @@ def measure(
             for _ in range(repeat):
                 speeds.append(tokens / run(model, tokens, depth))
                 readings.append(_reading(probe, bandwidth))
-            share = _share([speed * nbytes / 1e9 for speed in speeds], readings)
+            share = share_of_bandwidth([speed * nbytes / 1e9 for speed in speeds], readings)
             yield Row(name, depth, statistics.median(speeds), nbytes, model.backend_detail, share)
 
 
-def _share(reached: Sequence[float], readings: Sequence[float | None]) -> float | None:
-    """The median share of the bandwidth in GB/s that runs between these readings reached; None without readings."""
+def share_of_bandwidth(reached: Sequence[float], readings: Sequence[float | None]) -> float | None:
+    """The median share of the bandwidth that runs between these readings reached, all in GB/s.
+
+    Only runs around which two readings agree count, or all where none is such. A run that read faster than the memory
+    did before and behind it met another memory, as happens on shared machines: it never counts. None without readings,
+    or where no run is left.
+    """
     around = [(before, after) for before, after in itertools.pairwise(readings) if before and after]
     if len(around) < len(reached):
         return None
     runs = list(zip(reached, around, strict=True))
-    steady = [run for run in runs if min(run[1]) >= STEADY * max(run[1])]
-    return statistics.median(gb_per_s / statistics.mean(pair) for gb_per_s, pair in steady or runs)
+    possible = [(gb_per_s, pair) for gb_per_s, pair in runs if STEADY * gb_per_s <= max(pair)]
+    steady = [(gb_per_s, pair) for gb_per_s, pair in possible if min(pair) >= STEADY * max(pair)]
+    shares = [gb_per_s / statistics.mean(pair) for gb_per_s, pair in steady or possible]
+    return statistics.median(shares) if shares else None
 
 
 def _reading(probe: ReadProbe | None, bandwidth: Bandwidth | None) -> float | None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from glm4run import LoadedModel, benchmark, load_model
-from glm4run.benchmark import Bandwidth, bytes_per_token, measure, slower_than_bf16, time_decode, time_prefill
+from glm4run.benchmark import (
+    Bandwidth,
+    bytes_per_token,
+    measure,
+    share_of_bandwidth,
+    slower_than_bf16,
+    time_decode,
+    time_prefill,
+)
 from glm4run.cards import demo_folder
 from glm4run.cli import main
 from glm4run.errors import UsageError
@@ -30,7 +38,7 @@ class FixedProbe(benchmark.ReadProbe):
 
     def gb_per_s(self, threads: int, prefetch_bytes: int) -> float:
         self.asked.append((threads, prefetch_bytes))
-        return 10.0
+        return 1000.0
 
 
 def test_a_token_reads_every_linear_once_and_its_share_of_the_cache(demo: LoadedModel) -> None:
@@ -184,3 +192,10 @@ def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
         main(["bench", "demo", *words])
     assert ended.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_a_run_that_is_faster_than_what_was_read_around_it_never_counts() -> None:
+    assert share_of_bandwidth([55.0, 36.0], [40.0, 40.0, 40.0]) == pytest.approx(36 / 40)
+    assert share_of_bandwidth([55.0], [40.0, 40.0]) is None
+    assert share_of_bandwidth([30.0, 50.0], [40.0, 60.0, 40.0]) == pytest.approx(40 / 50)  # neither of them is
+    assert share_of_bandwidth([30.0], [40.0, None]) is None
