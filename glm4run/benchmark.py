@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layers import QuantizedLinear
 from glm4run.machine import cpu_name, default_threads
 from glm4run.memory import available_ram_bytes
+from glm4run.model import DecoderLayer
 from glm4run.steps import Context
 from glm4run.torch_threads import one_torch_thread
 from glm4run.user_files import replace_file, user_path
@@ -294,6 +296,7 @@ def _filled(model: LoadedModel, depth: int, room: int) -> Context:
         raise UsageError(f"{depth} + {room} tokens do not fit a context of {model.plan.context_len}")
     context = model.new_context()
     cache, config = context.cache, model.config
+    ops = cast(DecoderLayer, model.model.model.layers[0]).self_attn.ops
     draw = torch.Generator().manual_seed(0)
     shape = (2, config.num_key_value_heads, min(depth, FILLED_AT_ONCE), config.head_dim)
     with torch.inference_mode():
@@ -301,8 +304,7 @@ def _filled(model: LoadedModel, depth: int, room: int) -> Context:
         for first in range(0, depth, FILLED_AT_ONCE):
             count = min(FILLED_AT_ONCE, depth - first)
             for layer in cache.layers:
-                layer.keys.write(first, rows[0, :, :count])
-                layer.values.write(first, rows[1, :, :count])
+                ops.append(layer, first, rows[0, :, :count], rows[1, :, :count])
             cache.advance(count)
     _synchronize(model)
     return context
