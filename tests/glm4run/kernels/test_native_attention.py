@@ -205,18 +205,34 @@ def test_neither_threads_nor_other_tokens_change_a_bit(isa: str, kept: str) -> N
 
 @each_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_else(isa: str, bad: float) -> None:
+@pytest.mark.parametrize(("kept", "width"), [("16", 32), ("8", 32), ("8", 128), ("4", 64)])
+def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_else(
+    isa: str, kept: str, width: int, bad: float
+) -> None:
     for which in (0, 1):
         for position in (76, 77):  # either of a pair
-            pair = [rows_of(2, 83, 32, 0).bfloat16(), rows_of(2, 83, 32, 1).bfloat16()]
+            pair = [rows_of(2, 83, width, 0).bfloat16(), rows_of(2, 83, width, 1).bfloat16()]
             pair[which][1, position, 3] = bad
-            layer, query = layer_of("16", *pair), rows_of(4, 12, 32, 2).bfloat16().abs()
+            layer, query = layer_of(kept, *pair), rows_of(4, 12, width, 2).bfloat16().abs()
             with running(isa):
-                finite = native.attention(query, layer, 83).unflatten(-1, (4, 32)).isfinite()
+                finite = native.attention(query, layer, 83).unflatten(-1, (4, width)).isfinite()
             assert bool(finite[:, :2].all()), "the other KV head"
             assert bool(finite[: position - 71, 2:].all()), "tokens before it"
             seen = finite[position - 71 :, 2:]
-            assert not bool(seen.any() if which == 0 else seen[..., 3].any()), "tokens behind it"
+            alone = which == 1 and kept == "16"  # a value of its own; else a score, or all that share a scale
+            assert not bool(seen[..., 3].any() if alone else seen.any()), "tokens behind it"
+
+
+@each_isa
+@pytest.mark.parametrize("kept", ["16", "8", "4"])
+def test_a_query_that_is_not_finite_is_no_silent_number(isa: str, kept: str) -> None:
+    layer = layer_of(kept, rows_of(2, 83, 128, 0).bfloat16(), rows_of(2, 83, 128, 1).bfloat16())
+    for bad in (float("nan"), float("inf")):
+        query = rows_of(4, 1, 128, 2).bfloat16()
+        query[3, 0, 5] = bad
+        with running(isa):
+            finite = native.attention(query, layer, 83).unflatten(-1, (4, 128)).isfinite()
+        assert bool(finite[0, :3].all()) and not bool(finite[0, 3].any()), bad
 
 
 @pytest.mark.skipif("avx512-bf16" not in ISAS, reason="no AVX512-BF16")
