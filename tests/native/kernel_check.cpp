@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "codes4.h"
 #include "layout.h"
 #include "operations.h"
 #include "pool.h"
@@ -501,17 +502,6 @@ void turn_exactly(double* x, int64_t D) {
     for (int64_t i = 0; i < D; i++) x[i] /= sqrt(double(size));
 }
 
-// Steps and lowest levels of 4 bits: kv_format.CODES.
-constexpr int8_t PAIRS[64][2] = {
-    {2, -15},   {4, -30},   {6, -50},   {6, -40},   {7, -73},   {7, -62},   {7, -43},   {7, -32},   {8, -70},  {8, -65},
-    {8, -60},   {8, -55},   {8, -50},   {9, -95},   {9, -89},   {9, -83},   {9, -52},   {9, -46},   {9, -40},  {10, -91},
-    {10, -84},  {10, -78},  {10, -72},  {10, -66},  {10, -59},  {11, -126}, {11, -106}, {11, -102}, {11, -89}, {11, -76},
-    {11, -63},  {11, -59},  {11, -39},  {12, -124}, {12, -103}, {12, -97},  {12, -93},  {12, -87},  {12, -83}, {12, -77},
-    {12, -56},  {13, -127}, {13, -124}, {13, -118}, {13, -108}, {13, -87},  {13, -77},  {13, -71},  {13, -68}, {14, -127},
-    {14, -123}, {14, -117}, {14, -93},  {14, -87},  {14, -83},  {15, -127}, {15, -123}, {15, -102}, {15, -98}, {16, -127},
-    {16, -124}, {16, -120}, {16, -116}, {16, -113},
-};
-
 // Rows of a quantized cache and what their bytes say, still turned: [KVH, capacity, D].
 struct KeptRows {
     int64_t each; // bytes beside a row
@@ -535,7 +525,7 @@ struct KeptRows {
                 int32_t code = 0;
                 for (int64_t bit = 0, at = i % D / rows.group * 6; bit < 6; bit++, at++)
                     code |= (side[2 + at / 8] >> at % 8 & 1) << bit;
-                number = (i % 2 ? byte >> 4 : byte & 15) * PAIRS[code][0] + PAIRS[code][1];
+                number = (i % 2 ? byte >> 4 : byte & 15) * CODES[code][0] + CODES[code][1];
             }
             exact[size_t(i)] = number * value_of(side, G4_FP16);
         }

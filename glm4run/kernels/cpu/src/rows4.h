@@ -1,19 +1,9 @@
 // Rows of a cache in 4 bits: a part of attention_generic.h. Source: glm4run/kv_rows.py, which gives the same bits.
 #pragma once
+#include "codes4.h"
 #include "kernels_generic.h"
 
 namespace {
-
-// Steps and lowest levels of a group, in units of its row's scale. Source: kv_format.CODES.
-constexpr int8_t CODES[64][2] = {
-    {2, -15},   {4, -30},   {6, -50},   {6, -40},   {7, -73},   {7, -62},   {7, -43},   {7, -32},   {8, -70},  {8, -65},
-    {8, -60},   {8, -55},   {8, -50},   {9, -95},   {9, -89},   {9, -83},   {9, -52},   {9, -46},   {9, -40},  {10, -91},
-    {10, -84},  {10, -78},  {10, -72},  {10, -66},  {10, -59},  {11, -126}, {11, -106}, {11, -102}, {11, -89}, {11, -76},
-    {11, -63},  {11, -59},  {11, -39},  {12, -124}, {12, -103}, {12, -97},  {12, -93},  {12, -87},  {12, -83}, {12, -77},
-    {12, -56},  {13, -127}, {13, -124}, {13, -118}, {13, -108}, {13, -87},  {13, -77},  {13, -71},  {13, -68}, {14, -127},
-    {14, -123}, {14, -117}, {14, -93},  {14, -87},  {14, -83},  {15, -127}, {15, -123}, {15, -102}, {15, -98}, {16, -127},
-    {16, -124}, {16, -120}, {16, -116}, {16, -113},
-};
 
 // The same as numbers that instructions take: floats; 16-bit words, lowest levels twice in each; and four such words.
 struct CodeTables {
