@@ -23,6 +23,10 @@ settings.load_profile("glm4run")
 # What somebody measured of this machine must not change what the tests expect.
 os.environ["GLM4RUN_CALIBRATION"] = str(REPO / "no-calibration.json")
 
+if not torch.cuda.is_available():
+    # Without a GPU the Triton kernels are interpreted: the same code over CPU tensors. Read when Triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two pools of threads would fight. The variable is for the processes that tests start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,7 +51,9 @@ def shared() -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `transformers` skip without it, except in CI: there it must be installed."""
+    """Tests marked `gpu` skip without one, `transformers` without it, except in CI: there it must be installed."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     if item.get_closest_marker("transformers") is None:
         return
     missing = [name for name in ("transformers", "compressed_tensors") if importlib.util.find_spec(name) is None]

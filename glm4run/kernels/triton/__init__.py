@@ -1,0 +1,31 @@
+"""CUDA kernels in Triton: products with packed weights, the rows of a cache, attention, what lies between.
+
+Triton comes with torch's CUDA builds and compiles for the card at hand, so nothing is built at install. This module
+does not import it: it says whether the others may be imported.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+LEAST_CAPABILITY = (8, 0)  # bf16 in the tensor cores, which every kernel counts on
+
+
+@cache
+def why_missing(device: torch.device) -> str | None:
+    """None if the kernels run on `device`, else the reason in one clause."""
+    if device.type != "cuda":
+        return "its kernels run on CUDA devices"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(capability)}"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
