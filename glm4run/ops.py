@@ -18,6 +18,9 @@ from glm4run.memory import attends_natively
 from glm4run.rope import apply_rope
 
 
+Turns = tuple[Tensor, Tensor]  # cosine and sine of the tokens at hand, float32 [T, R/2]
+
+
 class Ops:
     """The operations in torch."""
 
@@ -37,6 +40,24 @@ class Ops:
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attention.grouped_query_attention`: query [..., H, T, D] to [..., T, H * D]."""
         return grouped_query_attention(query, key, value)
+
+    def attend_alone(self, projected: list[Tensor], head_dim: int, rope: Turns) -> Tensor:
+        """Attention of tokens to each other: what the projections made of them, each [..., T, heads * D], to
+        [..., T, H * D]. The list is emptied, so that what is not needed any more is gone."""
+        value, key, query = (projected.pop() for _ in range(3))
+        query = self.rope(query, head_dim, *rope)
+        key = self.rope(key, head_dim, *rope)
+        return self.attention(query, key, split_heads(value, head_dim))
+
+    def attend_new(self, projected: list[Tensor], head_dim: int, rope: Turns, cache: KVLayer, start: int) -> Tensor:
+        """The same for the tokens from position `start` on, each [T, heads * D], and all before them, which the cache
+        holds; it keeps the new ones."""
+        value, key, query = (projected.pop() for _ in range(3))
+        query = self.rope(query, head_dim, *rope)
+        key = self.rope(key, head_dim, *rope)
+        self.append(cache, start, key, split_heads(value, head_dim))
+        del key, value  # attention reads the cache
+        return self.attend(query, cache, start + query.shape[1])
 
     def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
         """Keeps key and value [KVH, T, D] from position `start` on."""
