@@ -1,0 +1,342 @@
+"""Causal grouped-query attention over the rows of a cache, as floats or as the integers that they are kept as.
+
+A program has the rows of a block of tokens times the query heads that share a KV head, and takes blocks of positions
+one after the other with a running maximum (arXiv 2112.05682, 2205.14135). Rows of integers go into the matrix units
+as integers, which 16 bits hold exactly; a position's scale multiplies its scores, or its weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from glm4run.kernels.triton.jit.cache import INTERPRETED, bound, narrowed, times
+
+
+@triton.jit
+def _stretch(visible, split, splits, BLOCK_N: tl.constexpr):
+    """Positions of one split, and how many splits have any."""
+    blocks = tl.cdiv(visible, BLOCK_N)
+    used = tl.minimum(blocks, splits)
+    return split * blocks // used * BLOCK_N, tl.minimum((split + 1) * blocks // used * BLOCK_N, visible), used
+
+
+@triton.jit
+def _integers(x, dtype: tl.constexpr):
+    """Whole numbers to floats that hold them exactly."""
+    if INTERPRETED:
+        return x.to(tl.float32).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def _half(low, high):
+    """Two bytes as a float16, in float32."""
+    return (low.to(tl.uint16) | (high.to(tl.uint16) << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _nibble(words, step, lowest, i: tl.constexpr, dtype: tl.constexpr):
+    """lowest + step * u of the i-th nibble u: whole numbers."""
+    level = (((words >> (4 * i)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return (level * step + lowest).to(dtype)
+
+
+@triton.jit
+def _rows_4(
+    data, scales, codes, at, valid, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr
+):
+    """Rows of 4 bits as whole numbers [N, D], and their scales [N]. data: words of a group of eight."""
+    GROUPS: tl.constexpr = D // 8
+    RUN: tl.constexpr = 4 if GROUPS >= 4 else GROUPS
+    WIDTH: tl.constexpr = 2 + (6 * GROUPS + 7) // 8
+    group = tl.arange(0, GROUPS)
+    triple = tl.arange(0, GROUPS // RUN)
+    row = scales + at * WIDTH
+    place = row[:, None] + 2 + 3 * triple[None, :]
+    words_at = data + at[:, None] * GROUPS + group[None, :]
+    if MASKED:
+        words = tl.load(words_at, mask=valid[:, None], other=0)
+        scale = _half(tl.load(row, mask=valid, other=0), tl.load(row + 1, mask=valid, other=0))
+        packed = tl.load(place, mask=valid[:, None], other=0).to(tl.int32)
+        packed |= tl.load(place + 1, mask=valid[:, None], other=0).to(tl.int32) << 8
+        if RUN == 4:
+            packed |= tl.load(place + 2, mask=valid[:, None], other=0).to(tl.int32) << 16
+    else:
+        words = tl.load(words_at)
+        scale = _half(tl.load(row), tl.load(row + 1))
+        packed = tl.load(place).to(tl.int32) | (tl.load(place + 1).to(tl.int32) << 8)
+        if RUN == 4:
+            packed |= tl.load(place + 2).to(tl.int32) << 16
+    if RUN == 4:
+        code = tl.join(
+            tl.join(packed & 63, (packed >> 12) & 63), tl.join((packed >> 6) & 63, (packed >> 18) & 63)
+        )
+    else:
+        code = tl.join(packed & 63, (packed >> 6) & 63)
+    pair = tl.load(codes + tl.reshape(code, (N, GROUPS)))  # step in the low byte, the lowest level above
+    step, lowest = (pair & 255).to(tl.float32), (pair >> 8).to(tl.float32)
+    kept: tl.constexpr = tl.float32 if INTERPRETED else dtype
+    # Joined so that value i of a group comes i-th.
+    x = tl.join(
+        tl.join(
+            tl.join(_nibble(words, step, lowest, 0, kept), _nibble(words, step, lowest, 4, kept)),
+            tl.join(_nibble(words, step, lowest, 2, kept), _nibble(words, step, lowest, 6, kept)),
+        ),
+        tl.join(
+            tl.join(_nibble(words, step, lowest, 1, kept), _nibble(words, step, lowest, 5, kept)),
+            tl.join(_nibble(words, step, lowest, 3, kept), _nibble(words, step, lowest, 7, kept)),
+        ),
+    )
+    return tl.reshape(x, (N, D)).to(dtype), scale
+
+
+@triton.jit
+def _rows_8(data, scales, at, valid, N: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, MASKED: tl.constexpr,
+            dtype: tl.constexpr):  # fmt: skip
+    """Rows of 8 bits [N, D], whole numbers where a row has one scale, and the (largest) scale of each [N]."""
+    d = tl.arange(0, D)
+    if MASKED:
+        x = tl.load(data + at[:, None] * D + d[None, :], mask=valid[:, None], other=0)
+    else:
+        x = tl.load(data + at[:, None] * D + d[None, :])
+    if GROUPS == 1:
+        if MASKED:
+            scale = tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+        else:
+            scale = tl.load(scales + at).to(tl.float32)
+        return _integers(x, dtype), scale
+    groups = tl.load(
+        scales + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :], mask=valid[:, None], other=0.0
+    ).to(tl.float32)
+    largest = tl.max(groups, axis=1)
+    share = tl.where(groups == 0.0, 0.0, groups / largest[:, None])  # of what is not finite: NaN
+    wide = tl.reshape(x.to(tl.float32), (N, GROUPS, D // GROUPS)) * share[:, :, None]
+    return narrowed(tl.reshape(wide, (N, D)), dtype), largest
+
+
+@triton.jit
+def _rows_16(data, at, valid, D: tl.constexpr, MASKED: tl.constexpr):
+    d = tl.arange(0, D)
+    if MASKED:
+        return tl.load(data + at[:, None] * D + d[None, :], mask=valid[:, None], other=0.0)
+    return tl.load(data + at[:, None] * D + d[None, :])
+
+
+@triton.jit
+def _blocks(
+    acc,
+    top,
+    total,
+    q,
+    factor,
+    limit,
+    first,
+    last,
+    visible,
+    keys,
+    key_scales,
+    values,
+    value_scales,
+    codes,
+    D: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Positions first .. last - 1, in whole blocks but for the end of the context, where MASKED.
+
+    top: the largest score so far, to be multiplied by `factor` as every score.
+    """
+    for begin in tl.range(bound(first), bound(last), BLOCK_N):
+        at = begin + tl.arange(0, BLOCK_N)
+        valid = at < visible
+        empty = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if KEY_BITS == 16:
+            scores = times(q, tl.trans(_rows_16(keys, at, valid, D, MASKED)), empty)
+        else:
+            if KEY_BITS == 8:
+                k, scale = _rows_8(keys, key_scales, at, valid, BLOCK_N, D, KEY_GROUPS, MASKED, tl.float16)
+            else:
+                k, scale = _rows_4(keys, key_scales, codes, at, valid, BLOCK_N, D, MASKED, tl.float16)
+            scores = times(q, tl.trans(k), empty) * scale[None, :]
+        if MASKED:
+            scores = tl.where(at[None, :] <= limit[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        shift = new_top * factor
+        if MASKED:  # a row may see nothing of this block, and of none before
+            shift = tl.where(new_top == float("-inf"), 0.0, shift)
+        weights = tl.exp2(scores * factor[:, None] - shift[:, None])
+        fade = tl.exp2(top * factor - shift)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = acc * fade[:, None]
+        if VALUE_BITS == 16:
+            v = _rows_16(values, at, valid, D, MASKED)
+        else:
+            if VALUE_BITS == 8:
+                v, scale = _rows_8(values, value_scales, at, valid, BLOCK_N, D, VALUE_GROUPS, MASKED, tl.bfloat16)
+            else:
+                v, scale = _rows_4(values, value_scales, codes, at, valid, BLOCK_N, D, MASKED, tl.bfloat16)
+            weights = weights * scale[None, :]
+        acc = times(narrowed(weights, v.dtype), v, acc)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["start", "tokens", "splits"])
+def attend_rows(
+    query,
+    query_token,
+    query_head,
+    query_scales,
+    keys,
+    key_scales,
+    key_rows,
+    values,
+    value_scales,
+    value_rows,
+    codes,
+    hadamard,
+    start,
+    tokens,
+    splits,
+    out,
+    partial,
+    partial_sums,
+    factor,
+    START_IS_POINTER: tl.constexpr,
+    SPLIT: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: blocks of rows, the last tokens first; KV heads; splits of the context.
+
+    query: as the keys are, or float16 where they are quantized, and then turned, with `query_scales` [T, H]. factor:
+    log2(e) / sqrt(D). key_rows, value_rows: rows of a head; *_WIDTH: bytes of a row's scales (4 bits) or how many
+    (8 bits). Without SPLIT the result goes to out [T, H * D]; with it sums, not divided yet, go to partial float32
+    [splits, T * H, D], and each row's maximum (of base 2) and weight to partial_sums float32 [2, splits, T * H].
+    """
+    HEADS: tl.constexpr = KV_HEADS * REPEAT
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    first_position = start
+    if START_IS_POINTER:
+        first_position = tl.load(start)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < tokens * REPEAT
+    token = tl.minimum(row // REPEAT, tokens - 1)
+    head = kv_head * REPEAT + row % REPEAT
+    limit = first_position + token
+    visible = first_position + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // REPEAT + 1, tokens)
+    begin, end, used = _stretch(visible, split, splits, BLOCK_N)
+    if split >= used:
+        return
+    d = tl.arange(0, D)
+    q = tl.load(
+        query + (token.to(tl.int64) * query_token + head * query_head)[:, None] + d[None, :],
+        mask=inside[:, None],
+        other=0.0,
+    )
+    scale = tl.full((BLOCK_M,), 1.0, tl.float32) * factor
+    if KEY_BITS != 16:
+        scale *= tl.load(query_scales + token * HEADS + head, mask=inside, other=0.0)
+        key_scales += kv_head.to(tl.int64) * key_rows * KEY_WIDTH
+    if VALUE_BITS != 16:
+        value_scales += kv_head.to(tl.int64) * value_rows * VALUE_WIDTH
+    keys += kv_head.to(tl.int64) * key_rows * (D // 8 if KEY_BITS == 4 else D)
+    values += kv_head.to(tl.int64) * value_rows * (D // 8 if VALUE_BITS == 4 else D)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    # All rows see the blocks that end before the first one's own position.
+    seen_by_all = (first_position + block * BLOCK_M // REPEAT + 1) // BLOCK_N * BLOCK_N
+    middle = tl.maximum(tl.minimum(end // BLOCK_N * BLOCK_N, seen_by_all), begin)
+    acc, top, total = _blocks(
+        acc, top, total, q, scale, limit, begin, middle, visible, keys, key_scales, values, value_scales, codes,
+        D, KEY_BITS, VALUE_BITS, KEY_GROUPS, VALUE_GROUPS, BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    acc, top, total = _blocks(
+        acc, top, total, q, scale, limit, middle, end, visible, keys, key_scales, values, value_scales, codes,
+        D, KEY_BITS, VALUE_BITS, KEY_GROUPS, VALUE_GROUPS, BLOCK_M, BLOCK_N, True,
+    )  # fmt: skip
+    at = token.to(tl.int64) * HEADS + head
+    if SPLIT:
+        at += split.to(tl.int64) * tokens * HEADS
+        tl.store(partial + at[:, None] * D + d[None, :], acc, mask=inside[:, None])
+        tl.store(partial_sums + at, top * scale, mask=inside)
+        tl.store(partial_sums + splits.to(tl.int64) * tokens * HEADS + at, total, mask=inside)
+    else:
+        acc = acc / total[:, None]
+        if VALUE_BITS != 16:  # turned back: two terms of bf16 are the value up to 2**-17 of it
+            signs = tl.load(hadamard + d[:, None] * D + d[None, :])
+            high = narrowed(acc, tl.bfloat16)
+            low = narrowed(acc - high.to(tl.float32), tl.bfloat16)
+            acc = times(low, signs, times(high, signs, tl.zeros((BLOCK_M, D), tl.float32))) * NORM
+        tl.store(out + at[:, None] * D + d[None, :], narrowed(acc, out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["start", "tokens", "splits"])
+def combine(
+    partial,
+    partial_sums,
+    out,
+    hadamard,
+    start,
+    tokens,
+    splits,
+    START_IS_POINTER: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MOST: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What the splits of `attend_rows` found, to one row of out a program. MOST: a power of two from `splits` on."""
+    HEADS: tl.constexpr = KV_HEADS * REPEAT
+    row = tl.program_id(0)
+    token = row // HEADS
+    first_position = start
+    if START_IS_POINTER:
+        first_position = tl.load(start)
+    block = (token * REPEAT + row % REPEAT) // BLOCK_M
+    visible = first_position + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // REPEAT + 1, tokens)
+    begin, end, used = _stretch(visible, 0, splits, BLOCK_N)
+    rows = tokens * HEADS
+    split = tl.arange(0, MOST)
+    tops = tl.load(partial_sums + split.to(tl.int64) * rows + row, mask=split < used, other=float("-inf"))
+    totals = tl.load(partial_sums + (splits + split).to(tl.int64) * rows + row, mask=split < used, other=0.0)
+    top = tl.max(tops, axis=0)
+    total = tl.sum(tl.exp2(tops - top) * totals, axis=0)
+    d = tl.arange(0, D)
+    acc = tl.zeros((CHUNK, D), tl.float32)
+    for first in range(0, bound(used), CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        at = split.to(tl.int64) * rows + row
+        weight = tl.exp2(tl.load(partial_sums + at, mask=split < used, other=float("-inf")) - top)
+        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(split < used)[:, None], other=0.0)
+        acc += found * tl.where(split < used, weight, 0.0)[:, None]
+    result = tl.sum(acc, axis=0) / total
+    if TURNED:
+        other = tl.arange(0, D)
+        signs = tl.load(hadamard + d[:, None] * D + other[None, :]).to(tl.float32)
+        result = tl.sum(signs * result[:, None], axis=0) * NORM
+    tl.store(out + row.to(tl.int64) * D + d, narrowed(result, out.dtype.element_ty))
