@@ -6,7 +6,7 @@ does not import it: it says whether the others may be imported.
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +14,7 @@ import torch
 LEAST_CAPABILITY = (8, 0)  # bf16 in the tensor cores, which every kernel counts on
 
 
-@cache
+@functools.cache
 def why_missing(device: torch.device) -> str | None:
     """None if the kernels run on `device`, else the reason in one clause."""
     if device.type != "cuda":

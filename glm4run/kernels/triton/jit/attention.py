@@ -69,9 +69,7 @@ def _rows_4(
         if RUN == 4:
             packed |= tl.load(place + 2).to(tl.int32) << 16
     if RUN == 4:
-        code = tl.join(
-            tl.join(packed & 63, (packed >> 12) & 63), tl.join((packed >> 6) & 63, (packed >> 18) & 63)
-        )
+        code = tl.join(tl.join(packed & 63, (packed >> 12) & 63), tl.join((packed >> 6) & 63, (packed >> 18) & 63))
     else:
         code = tl.join(packed & 63, (packed >> 6) & 63)
     pair = tl.load(codes + tl.reshape(code, (N, GROUPS)))  # step in the low byte, the lowest level above
@@ -106,9 +104,9 @@ def _rows_8(data, scales, at, valid, N: tl.constexpr, D: tl.constexpr, GROUPS: t
         else:
             scale = tl.load(scales + at).to(tl.float32)
         return _integers(x, dtype), scale
-    groups = tl.load(
-        scales + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :], mask=valid[:, None], other=0.0
-    ).to(tl.float32)
+    groups = tl.load(scales + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :], mask=valid[:, None], other=0.0).to(
+        tl.float32
+    )
     largest = tl.max(groups, axis=1)
     share = tl.where(groups == 0.0, 0.0, groups / largest[:, None])  # of what is not finite: NaN
     wide = tl.reshape(x.to(tl.float32), (N, GROUPS, D // GROUPS)) * share[:, :, None]
