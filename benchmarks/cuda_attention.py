@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm4run.kernels.triton import cache as rows
 from glm4run.kernels.triton.attention import Tiles, attend
+from glm4run.kernels.triton.cache import Queries, append, ready, rope_append
 from glm4run.kv_format import parse_kv_bits
 from glm4run.kv_rows import KVLayer, KVRows, new_rows
 from glm4run.rope import apply_rope
@@ -79,8 +79,8 @@ def random_layer(kind: str, capacity: int) -> KVLayer:
     return layer
 
 
-def queries(tokens: int, layer: KVLayer) -> rows.Queries:
-    return rows.ready(torch.randn(HEADS, tokens, D, dtype=torch.bfloat16, device=device()), layer)
+def queries(tokens: int, layer: KVLayer) -> Queries:
+    return ready(torch.randn(HEADS, tokens, D, dtype=torch.bfloat16, device=device()), layer)
 
 
 def timed(run: Callable[[], object], repeats: int = 5) -> float:
@@ -173,9 +173,9 @@ def check(kind: str, tokens: int, start: int) -> None:
     turned_query = apply_rope(heads_of(query), cos, sin)[:, start:]
     wanted.keys.write(0, apply_rope(heads_of(key), cos, sin))
     wanted.values.write(0, heads_of(value))
-    rows.rope_append(query[:start].clone(), key[:start], value[:start], cos[:start], sin[:start], layer, 0)
+    rope_append(query[:start].clone(), key[:start], value[:start], cos[:start], sin[:start], layer, 0)
     position = torch.tensor([start], dtype=torch.int32, device=device())
-    asked = rows.rope_append(
+    asked = rope_append(
         query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position
     )
     different = [
@@ -363,11 +363,11 @@ def time_writing() -> None:
 
                 def plain(layers=layers, start=start, heads=heads) -> None:  # type: ignore[no-untyped-def]
                     for layer in layers:
-                        rows.append(layer, start, *heads)
+                        append(layer, start, *heads)
 
                 def roped(layers=layers, start=start, q=query, k=key, v=value, c=cos, o=out) -> None:  # type: ignore[no-untyped-def]
                     for layer in layers:
-                        rows.rope_append(q, k, v, c, c, layer, start, o)
+                        rope_append(q, k, v, c, c, layer, start, o)
 
                 times = [timed(graphed(run)) / LAYERS * 1e6 for run in (plain, roped)]
                 RESULTS[f"write {kind} {tokens}"] = times
