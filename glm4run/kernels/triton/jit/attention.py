@@ -328,11 +328,11 @@ def combine(
     d = tl.arange(0, D)
     acc = tl.zeros((CHUNK, D), tl.float32)
     for first in range(0, bound(used), CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        at = split.to(tl.int64) * rows + row
-        weight = tl.exp2(tl.load(partial_sums + at, mask=split < used, other=float("-inf")) - top)
-        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(split < used)[:, None], other=0.0)
-        acc += found * tl.where(split < used, weight, 0.0)[:, None]
+        some = first + tl.arange(0, CHUNK)
+        at = some.to(tl.int64) * rows + row
+        weight = tl.exp2(tl.load(partial_sums + at, mask=some < used, other=float("-inf")) - top)
+        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(some < used)[:, None], other=0.0)
+        acc += found * tl.where(some < used, weight, 0.0)[:, None]
     result = tl.sum(acc, axis=0) / total
     if TURNED:
         other = tl.arange(0, D)
