@@ -36,10 +36,10 @@ def _half(low, high):
 
 
 @triton.jit
-def _nibble(words, step, lowest, i: tl.constexpr, dtype: tl.constexpr):
-    """lowest + step * u of the i-th nibble u: whole numbers."""
+def _nibble(words, step, lowest, i: tl.constexpr):
+    """lowest + step * u of the i-th nibble u: whole numbers, in float32."""
     level = (((words >> (4 * i)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return (level * step + lowest).to(dtype)
+    return level * step + lowest
 
 
 @triton.jit
@@ -74,16 +74,15 @@ def _rows_4(
         code = tl.join(packed & 63, (packed >> 6) & 63)
     pair = tl.load(codes + tl.reshape(code, (N, GROUPS)))  # step in the low byte, the lowest level above
     step, lowest = (pair & 255).to(tl.float32), (pair >> 8).to(tl.float32)
-    kept: tl.constexpr = tl.float32 if INTERPRETED else dtype
     # Joined so that value i of a group comes i-th.
     x = tl.join(
         tl.join(
-            tl.join(_nibble(words, step, lowest, 0, kept), _nibble(words, step, lowest, 4, kept)),
-            tl.join(_nibble(words, step, lowest, 2, kept), _nibble(words, step, lowest, 6, kept)),
+            tl.join(_nibble(words, step, lowest, 0), _nibble(words, step, lowest, 4)),
+            tl.join(_nibble(words, step, lowest, 2), _nibble(words, step, lowest, 6)),
         ),
         tl.join(
-            tl.join(_nibble(words, step, lowest, 1, kept), _nibble(words, step, lowest, 5, kept)),
-            tl.join(_nibble(words, step, lowest, 3, kept), _nibble(words, step, lowest, 7, kept)),
+            tl.join(_nibble(words, step, lowest, 1), _nibble(words, step, lowest, 5)),
+            tl.join(_nibble(words, step, lowest, 3), _nibble(words, step, lowest, 7)),
         ),
     )
     return tl.reshape(x, (N, D)).to(dtype), scale
@@ -327,11 +326,11 @@ def combine(
     d = tl.arange(0, D)
     acc = tl.zeros((CHUNK, D), tl.float32)
     for first in range(0, bound(used), CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        at = split.to(tl.int64) * rows + row
-        weight = tl.exp2(tl.load(partial_sums + at, mask=split < used, other=float("-inf")) - top)
-        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(split < used)[:, None], other=0.0)
-        acc += found * tl.where(split < used, weight, 0.0)[:, None]
+        some = first + tl.arange(0, CHUNK)
+        at = some.to(tl.int64) * rows + row
+        weight = tl.exp2(tl.load(partial_sums + at, mask=some < used, other=float("-inf")) - top)
+        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(some < used)[:, None], other=0.0)
+        acc += found * tl.where(some < used, weight, 0.0)[:, None]
     result = tl.sum(acc, axis=0) / total
     if TURNED:
         other = tl.arange(0, D)

@@ -158,64 +158,97 @@ def store_4(x, data, scales, row, mask, codes, N: tl.constexpr, D: tl.constexpr)
 
 @triton.jit
 def _keep(
-    x,
+    source,
+    source_token,
+    source_head,
+    cos,
+    sin,
     data,
     scales,
+    capacity,
     offset,
-    head,
-    row,
-    mask,
     codes,
+    program,
+    start,
+    tokens,
+    KV_HEADS: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
+    ROTARY: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     LOG_D: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Rows [N, D], as the model has them, into one of the two halves of a cache."""
+    """Rows as the model has them into one of the two halves of a cache."""
+    d = tl.arange(0, D)
+    row = program * N + tl.arange(0, N)
+    mask = row < tokens * KV_HEADS
+    token, head = row // KV_HEADS, row % KV_HEADS
+    at = token.to(tl.int64) * source_token + head * source_head
+    x = tl.load(source + at[:, None] + d[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
+    if ROTARY > 0:
+        x = narrowed(roped(x, cos, sin, token, mask, N, D, ROTARY), source.dtype.element_ty).to(tl.float32)
+    kept = head.to(tl.int64) * capacity + start + token
     if BITS == 16:
-        tl.store(
-            data + row[:, None] * D + tl.arange(0, D)[None, :],
-            narrowed(x.to(tl.float32), data.dtype.element_ty),
-            mask=mask[:, None],
-        )
+        tl.store(data + kept[:, None] * D + d[None, :], narrowed(x, data.dtype.element_ty), mask=mask[:, None])
     else:
-        x = x.to(tl.float32)
         if HAS_OFFSET:
-            x -= tl.load(offset + head[:, None] * D + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0)
+            x -= tl.load(offset + head[:, None] * D + d[None, :], mask=mask[:, None], other=0.0)
         x = turned(x, N, D, LOG_D, NORM)
         if BITS == 8:
-            store_8(x, data, scales, row, mask, N, D, GROUP)
+            store_8(x, data, scales, kept, mask, N, D, GROUP)
         else:
-            store_4(x, data, scales, row, mask, codes, N, D)
+            store_4(x, data, scales, kept, mask, codes, N, D)
 
 
 @triton.jit
 def _ask(
-    x,
-    hadamard,
+    query,
+    query_token,
+    query_head,
+    cos,
+    sin,
+    asked,
+    asked_token,
+    asked_head,
     query_scales,
-    row,
-    mask,
+    hadamard,
+    program,
+    tokens,
+    HEADS: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    TURN: tl.constexpr,
     DOT: tl.constexpr,
     LOG_D: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Queries [N, D], rounded as the model has them, turned: float16 [N, D] of magnitudes up to 1; stores what of."""
-    if DOT:
-        d = tl.arange(0, D)
-        signs = tl.load(hadamard + d[:, None] * D + d[None, :]).to(tl.float32)
-        x = times(x, narrowed(signs, x.dtype), tl.zeros((N, D), tl.float32)) * NORM
+    """Queries, turned by their positions; where TURN by the Hadamard matrix too, and divided by their largest."""
+    d = tl.arange(0, D)
+    row = program * N + tl.arange(0, N)
+    mask = row < tokens * HEADS
+    token, head = row // HEADS, row % HEADS
+    at = token.to(tl.int64) * query_token + head * query_head
+    x = tl.load(query + at[:, None] + d[None, :], mask=mask[:, None], other=0.0)
+    if ROTARY > 0:
+        x = narrowed(roped(x, cos, sin, token, mask, N, D, ROTARY), query.dtype.element_ty)
+    at = token.to(tl.int64) * asked_token + head * asked_head
+    if TURN:
+        if DOT:
+            signs = narrowed(tl.load(hadamard + d[:, None] * D + d[None, :]).to(tl.float32), x.dtype)
+            wide = times(x, signs, tl.zeros((N, D), tl.float32)) * NORM
+        else:
+            wide = turned(x.to(tl.float32), N, D, LOG_D, NORM)
+        largest = tl.max(tl.abs(wide), axis=1)
+        largest = tl.where(largest == 0.0, 1.0, largest)
+        tl.store(query_scales + row, largest, mask=mask)
+        shares = (wide * (1.0 / largest)[:, None]).to(tl.float16)
+        tl.store(asked + at[:, None] + d[None, :], shares, mask=mask[:, None])
     else:
-        x = turned(x.to(tl.float32), N, D, LOG_D, NORM)
-    largest = tl.max(tl.abs(x), axis=1)
-    largest = tl.where(largest == 0.0, 1.0, largest)
-    tl.store(query_scales + row, largest, mask=mask)
-    return (x * (1.0 / largest)[:, None]).to(tl.float16)
+        tl.store(asked + at[:, None] + d[None, :], x, mask=mask[:, None])
 
 
 @triton.jit(do_not_specialize=["start", "tokens"])
@@ -271,43 +304,24 @@ def write_rows(
     ROWS keys each, the rest values. `key_rows`, `value_rows`: rows of a head in the cache.
     """
     program = tl.program_id(0)
-    d = tl.arange(0, D)
     if program < query_programs:
-        row = program * QUERY_ROWS + tl.arange(0, QUERY_ROWS)
-        mask = row < tokens * HEADS
-        token, head = row // HEADS, row % HEADS
-        at = token.to(tl.int64) * query_token + head * query_head
-        x = tl.load(query + at[:, None] + d[None, :], mask=mask[:, None], other=0.0)
-        if ROTARY > 0:
-            x = narrowed(roped(x, cos, sin, token, mask, QUERY_ROWS, D, ROTARY), query.dtype.element_ty)
-        if TURN_QUERY:
-            x = _ask(x, hadamard, query_scales, row, mask, QUERY_ROWS, D, DOT, LOG_D, NORM)
-        at = token.to(tl.int64) * asked_token + head * asked_head
-        tl.store(asked + at[:, None] + d[None, :], x, mask=mask[:, None])
+        _ask(
+            query, query_token, query_head, cos, sin, asked, asked_token, asked_head, query_scales, hadamard,
+            program, tokens, HEADS, QUERY_ROWS, D, ROTARY, TURN_QUERY, DOT, LOG_D, NORM,
+        )  # fmt: skip
     else:
         first = start
         if START_IS_POINTER:
             first = tl.load(start)
-        program -= query_programs
-        is_key = program < key_programs
-        row = tl.where(is_key, program, program - key_programs) * ROWS + tl.arange(0, ROWS)
-        mask = row < tokens * KV_HEADS
-        token, head = row // KV_HEADS, row % KV_HEADS
-        if is_key:
-            at = token.to(tl.int64) * key_token + head * key_head
-            x = tl.load(key + at[:, None] + d[None, :], mask=mask[:, None], other=0.0)
-            if ROTARY > 0:
-                x = narrowed(roped(x, cos, sin, token, mask, ROWS, D, ROTARY), key.dtype.element_ty)
-            kept = head.to(tl.int64) * key_rows + first + token
+        behind = program - query_programs
+        if behind < key_programs:
             _keep(
-                x, keys, key_scales, offset, head, kept, mask, codes,
-                ROWS, D, KEY_BITS, KEY_GROUP, HAS_OFFSET, LOG_D, NORM,
+                key, key_token, key_head, cos, sin, keys, key_scales, key_rows, offset, codes, behind, first, tokens,
+                KV_HEADS, ROWS, D, ROTARY, KEY_BITS, KEY_GROUP, HAS_OFFSET, LOG_D, NORM,
             )  # fmt: skip
         else:
-            at = token.to(tl.int64) * value_token + head * value_head
-            x = tl.load(value + at[:, None] + d[None, :], mask=mask[:, None], other=0.0)
-            kept = head.to(tl.int64) * value_rows + first + token
             _keep(
-                x, values, value_scales, offset, head, kept, mask, codes,
-                ROWS, D, VALUE_BITS, VALUE_GROUP, False, LOG_D, NORM,
+                value, value_token, value_head, cos, sin, values, value_scales, value_rows, offset, codes,
+                behind - key_programs, first, tokens,
+                KV_HEADS, ROWS, D, 0, VALUE_BITS, VALUE_GROUP, False, LOG_D, NORM,
             )  # fmt: skip

@@ -1,0 +1,423 @@
+"""Attention over a cache on a GPU: checked against float64, then timed. `PYTHONPATH=.:quantize python FILE [-o JSON]`.
+
+Shapes of GLM-4-9B: 32 heads of 128 over 2 KV heads. Decoding runs as a CUDA graph over the caches of several layers,
+so that what a layer reads is not in L2 from the time before. Kernels are compiled by several processes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glm4run.kernels.triton.attention import Tiles, attend
+from glm4run.kernels.triton.cache import Queries, append, ready, rope_append
+from glm4run.kv_format import parse_kv_bits
+from glm4run.kv_rows import KVLayer, KVRows, new_rows
+from glm4run.rope import apply_rope
+
+HEADS, KV_HEADS, D, ROTARY = 32, 2, 128, 64
+KINDS = ("16", "8", "4", "8:4")
+DEPTHS = (1024, 8192, 32768, 131072)
+LAYERS = 12
+DECODE_TILES = (
+    *(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 4), Tiles(16, 128, 4, 2), Tiles(16, 128, 8, 2)),
+    *(Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4), Tiles(16, 64, 2, 3)),
+)
+PREFILL_TILES = (
+    *(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 3)),
+    *(Tiles(64, 64, 4, 2), Tiles(64, 128, 4, 2)),
+)
+RESULTS: dict[str, object] = {}
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """A part that fails says so, and the others go on."""
+    begin = time.perf_counter()
+    try:
+        yield
+    except Exception:
+        print(f"FAILED {name}:", traceback.format_exc(limit=-4))
+    print(f"-- {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+
+
+def random_layer(kind: str, capacity: int) -> KVLayer:
+    """A cache full of rows that could be any's."""
+    formats = parse_kv_bits(kind)
+    layer = KVLayer(
+        *(
+            new_rows(KV_HEADS, capacity, D, bits, dtype=torch.bfloat16, device=device())
+            for bits in (formats.key_bits, formats.value_bits)
+        )
+    )
+    for kept in (layer.keys, layer.values):
+        if kept.scales is None:
+            kept.data.normal_()
+        elif kept.bits == 8:
+            kept.data.random_(-127, 128)
+            kept.scales.fill_(0.01)
+        else:
+            kept.data.random_(0, 256)
+            kept.scales.random_(0, 256)
+            kept.scales[..., :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8).to(device())
+    return layer
+
+
+def queries(tokens: int, layer: KVLayer) -> Queries:
+    return ready(torch.randn(HEADS, tokens, D, dtype=torch.bfloat16, device=device()), layer)
+
+
+def timed(run: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds, the median."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def token_bytes(kind: str) -> float:
+    layer = random_layer(kind, 16)
+    return sum(t.numel() * t.element_size() for t in layer.tensors().values()) / 16
+
+
+def decode_time(kind: str, layers: list[KVLayer], depth: int, tiles: Tiles | None, splits: int | None) -> float:
+    """Seconds a layer."""
+    query, scratch = queries(1, layers[0]), torch.empty(4 << 20, device=device())
+    start = torch.tensor([depth - 1], dtype=torch.int32, device=device())
+    out = torch.empty(1, HEADS * D, dtype=torch.bfloat16, device=device())
+
+    def run() -> None:
+        for layer in layers:
+            attend(query, layer, start, splits=splits, out=out, scratch=scratch, tiles=tiles)
+
+    return timed(graphed(run), 7) / len(layers)
+
+
+def prefill_flops(tokens: int, start: int) -> float:
+    return 4 * HEADS * D * tokens * (start + (tokens + 1) / 2)
+
+
+# Checks
+
+
+def exact(query: Tensor, layer: KVLayer, end: int) -> Tensor:
+    """[T, H, D] in float64 over what the cache says."""
+    tokens = query.shape[1]
+    keys, values = (kept.read(end).double() for kept in (layer.keys, layer.values))
+    asked = query.double().unflatten(0, (KV_HEADS, -1))  # [KVH, R, T, D]
+    scores = asked @ keys[:, None].transpose(-1, -2) / math.sqrt(D)
+    scores.masked_fill_(torch.ones(tokens, end, device=device()).triu(end - tokens + 1).bool(), float("-inf"))
+    return (scores.softmax(-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
+
+
+def check(kind: str, tokens: int, start: int) -> None:
+    torch.manual_seed(tokens)
+    end, formats, capacity = start + tokens, parse_kv_bits(kind), start + tokens + 77
+    offset = torch.randn(KV_HEADS, D, device=device())
+
+    def fresh() -> KVLayer:
+        layer = KVLayer(
+            *(
+                new_rows(KV_HEADS, capacity, D, bits, dtype=torch.bfloat16, device=device(), offset=shift)
+                for bits, shift in ((formats.key_bits, offset), (formats.value_bits, None))
+            )
+        )
+        for kept in (layer.keys, layer.values):  # poison behind the rows
+            for t in (kept.data, kept.scales):
+                if t is not None:
+                    t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-1 if t.dtype == torch.int8 else 255)
+        return layer
+
+    layer, wanted = fresh(), fresh()
+    query, key, value = (
+        torch.randn(end, heads * D, device=device()).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    key.view(end, KV_HEADS, D)[..., 5::31] += 40  # what a bias leaves
+    angles = torch.outer(torch.arange(end), 1e4 ** (-torch.arange(0, ROTARY, 2) / ROTARY)).to(device())
+    cos, sin = angles.cos(), angles.sin()
+
+    def heads_of(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, D)).transpose(0, 1)
+
+    turned_query = apply_rope(heads_of(query), cos, sin)[:, start:]
+    wanted.keys.write(0, apply_rope(heads_of(key), cos, sin))
+    wanted.values.write(0, heads_of(value))
+    rope_append(query[:start].clone(), key[:start], value[:start], cos[:start], sin[:start], layer, 0)
+    position = torch.tensor([start], dtype=torch.int32, device=device())
+    asked = rope_append(
+        query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position
+    )
+    different = [
+        float((ours[:, :end] != theirs[:, :end]).float().mean())
+        for ours, theirs in zip(layer.tensors().values(), wanted.tensors().values(), strict=True)
+    ]
+    expected = exact(turned_query, wanted, end)
+    size = expected.square().mean().sqrt()
+    errors = []
+    for at, splits in ((start, None), (position, None), (start, 1), (position, 3)):
+        out = attend(asked, layer, at, splits=splits)
+        again = attend(asked, layer, at, splits=splits)
+        assert torch.equal(out, again), "not the same twice"
+        errors.append(float((out.double().unflatten(-1, (HEADS, D)) - expected).square().mean().sqrt() / size))
+    errors.append(float((attend(turned_query, layer, start).double().view_as(expected) - expected).abs().max() / size))
+    verdict = "ok" if max(errors[:4]) < 0.01 and max(different) < 1e-3 else "WRONG"
+    print(
+        f"{verdict} {kind:>4} T {tokens:5} start {start:6} rms error",
+        " ".join(f"{e:.5f}" for e in errors),
+        "bytes that differ",
+        " ".join(f"{d:.1e}" for d in different),
+        flush=True,
+    )
+
+
+# Compiling beforehand
+
+
+def compile_cases() -> list[Callable[[], object]]:
+    """One call for every kernel that is timed."""
+
+    def decode(kind: str, tiles: Tiles | None) -> Callable[[], object]:
+        def run() -> None:
+            layer = random_layer(kind, 512)
+            start = torch.tensor([300], dtype=torch.int32, device=device())
+            attend(queries(1, layer), layer, start, splits=3, tiles=tiles)
+
+        return run
+
+    def prefill(kind: str, tiles: Tiles | None) -> Callable[[], object]:
+        def run() -> None:
+            layer = random_layer(kind, 2048)
+            attend(queries(2048, layer), layer, 0, splits=1, tiles=tiles)
+
+        return run
+
+    def checked(kind: str, tokens: int) -> Callable[[], object]:
+        return lambda: check(kind, tokens, 300)
+
+    cases: list[Callable[[], object]] = [decode(kind, None) for kind in KINDS] + [prefill(kind, None) for kind in KINDS]
+    cases += [checked(kind, tokens) for kind in KINDS for tokens in (1, 5, 600)]
+    for kind in ("16", "8", "4"):
+        cases += [prefill(kind, tiles) for tiles in PREFILL_TILES] + [decode(kind, tiles) for tiles in DECODE_TILES]
+    return cases
+
+
+def compile_all() -> None:
+    """Several processes, each with its share of the cases; what fails there fails again where it is timed."""
+    count = max(1, min(14, (os.cpu_count() or 2) - 2))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--compile", f"{i}/{count}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for i in range(count)
+    ]
+    limit = time.monotonic() + 60
+    for worker in workers:
+        try:
+            worker.wait(max(0.1, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            print("a compiling process took too long")
+
+
+# Timings
+
+
+def time_decode(copy_rate: float) -> None:
+    print("decode, one token, a layer: us, GB/s, share of the copy bandwidth")
+    for kind in KINDS:
+        layers, per_token = [random_layer(kind, DEPTHS[-1] + 64) for _ in range(LAYERS)], token_bytes(kind)
+        line = []
+        for depth in DEPTHS:
+            with part_quiet(f"decode {kind} {depth}"):
+                seconds = decode_time(kind, layers, depth, None, None)
+                rate = depth * per_token / seconds
+                RESULTS[f"decode {kind} {depth}"] = seconds
+                line.append(f"{depth:6}: {seconds * 1e6:6.1f} us {rate / 1e9:5.0f} {rate / copy_rate:4.0%}")
+        print(f"{kind:>4} ", " | ".join(line), flush=True)
+    print("decode with splits, 32k, us:")
+    for kind in KINDS:
+        layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
+        line = []
+        for splits in (33, 66, 132, 198, 264):
+            with part_quiet(f"splits {kind} {splits}"):
+                line.append(f"{splits}: {decode_time(kind, layers, 32768, None, splits) * 1e6:.1f}")
+        print(f"{kind:>4} ", "  ".join(line), flush=True)
+
+
+@contextmanager
+def part_quiet(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        print(f"FAILED {name}: {type(e).__name__}: {str(e)[:300]}")
+
+
+def sweep_decode() -> None:
+    print("decode at 32k by tiles (rows, positions, warps, stages), us with 66 / 132 / 198 splits")
+    for kind in ("16", "8", "4"):
+        layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
+        for tiles in DECODE_TILES:
+            with part_quiet(f"{kind} {tiles}"):
+                times = [decode_time(kind, layers, 32768, tiles, splits) * 1e6 for splits in (66, 132, 198)]
+                shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
+                RESULTS[f"decode tiles {kind} {shape}"] = times
+                print(f"{kind:>4} {shape!s:18}", " ".join(f"{t:6.1f}" for t in times), flush=True)
+
+
+def time_prefill() -> None:
+    print("prefill: ms a layer, TFLOP/s")
+    for tokens in (2048, 8192):
+        for start in (0, 32768):
+            flops = prefill_flops(tokens, start)
+            for kind in KINDS:
+                with part_quiet(f"prefill {kind}"):
+                    layer = random_layer(kind, 32768 + 8192)
+                    query = queries(tokens, layer)
+                    seconds = timed(lambda q=query, c=layer, s=start: attend(q, c, s), 3)  # type: ignore[misc]
+                    RESULTS[f"prefill {kind} {tokens} {start}"] = seconds
+                    print(f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}")
+            with part_quiet("sdpa"):
+                q, k, v = (
+                    torch.randn(1, HEADS, count, D, dtype=torch.bfloat16, device=device())
+                    for count in (tokens, start + tokens, start + tokens)
+                )
+                if start == 0:
+                    k, v = k[:, :KV_HEADS], v[:, :KV_HEADS]
+                    seconds = timed(
+                        lambda q=q, k=k, v=v: F.scaled_dot_product_attention(  # type: ignore[misc]
+                            q, k, v, is_causal=True, enable_gqa=True
+                        ),
+                        3,
+                    )
+                else:
+                    from torch.nn.attention.bias import causal_lower_right
+
+                    bias = causal_lower_right(tokens, start + tokens)
+                    seconds = timed(
+                        lambda q=q, k=k, v=v, b=bias: F.scaled_dot_product_attention(q, k, v, attn_mask=b),  # type: ignore[misc]
+                        3,
+                    )
+                print(f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}", flush=True)
+
+
+def sweep_prefill() -> None:
+    print("prefill of 2048 at 32k by tiles (rows, positions, warps, stages): TFLOP/s at 16, 8, 4 bits")
+    flops = prefill_flops(2048, 32768)
+    layers = {kind: random_layer(kind, 32768 + 2048) for kind in ("16", "8", "4")}
+    for tiles in PREFILL_TILES:
+        line = []
+        for kind, layer in layers.items():
+            with part_quiet(f"{kind} {tiles}"):
+                query = queries(2048, layer)
+                seconds = timed(lambda q=query, c=layer, t=tiles: attend(q, c, 32768, splits=1, tiles=t), 3)  # type: ignore[misc]
+                line.append(f"{kind}: {flops / seconds / 1e12:4.0f}")
+        print(f"  {(tiles.rows, tiles.positions, tiles.warps, tiles.stages)!s:18}", "  ".join(line), flush=True)
+
+
+def time_writing() -> None:
+    print("append / rope_append, us a layer, T = 1 (graph), 2048")
+    for kind in KINDS:
+        line = []
+        for tokens in (1, 2048):
+            with part_quiet(f"append {kind} {tokens}"):
+                layers = [random_layer(kind, 4096) for _ in range(LAYERS)]
+                start = torch.tensor([100], dtype=torch.int32, device=device())
+                query = torch.randn(tokens, HEADS * D, device=device()).bfloat16()
+                out = torch.empty(HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device())
+                key, value = (torch.randn(tokens, KV_HEADS * D, device=device()).bfloat16() for _ in range(2))
+                cos = torch.ones(tokens, ROTARY // 2, device=device())
+                heads = [x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (key, value)]
+
+                def plain(layers=layers, start=start, heads=heads) -> None:  # type: ignore[no-untyped-def]
+                    for layer in layers:
+                        append(layer, start, *heads)
+
+                def roped(layers=layers, start=start, q=query, k=key, v=value, c=cos, o=out) -> None:  # type: ignore[no-untyped-def]
+                    for layer in layers:
+                        rope_append(q, k, v, c, c, layer, start, o)
+
+                times = [timed(graphed(run)) / LAYERS * 1e6 for run in (plain, roped)]
+                RESULTS[f"write {kind} {tokens}"] = times
+                line.append(f"T {tokens}: {times[0]:.1f} / {times[1]:.1f}")
+        print(f"{kind:>4} ", "   ".join(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", help="also write the timings, in seconds or as named, as JSON")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
+    parser.add_argument("--no-sweep", action="store_true", help="only the chosen tiles")
+    options = parser.parse_args()
+    if options.compile:
+        mine, count = map(int, options.compile.split("/"))
+        for case in compile_cases()[mine::count]:
+            try:
+                case()
+            except Exception:
+                traceback.print_exc()
+        return
+    print(torch.cuda.get_device_name(), torch.__version__)
+    with part("compiling"):
+        compile_all()
+    with part("checks"):
+        for kind in (*KINDS, "16:8", "4:16"):
+            for tokens, start in ((1, 0), (1, 4099), (5, 3000), (600, 2111)):
+                with part_quiet(f"check {kind} {tokens} {start}"):
+                    check(kind, tokens, start)
+    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device=device()) for _ in range(2))
+    copy_rate = 2 * source.numel() / timed(lambda: target.copy_(source))
+    del source, target
+    print(f"copy {copy_rate / 1e9:.0f} GB/s")
+    RESULTS["copy bytes/s"] = copy_rate
+    with part("decode"):
+        time_decode(copy_rate)
+    with part("writing"):
+        time_writing()
+    with part("prefill"):
+        time_prefill()
+    if not options.no_sweep:
+        with part("decode sweep"):
+            sweep_decode()
+        with part("prefill sweep"):
+            sweep_prefill()
+    if options.output:
+        from pathlib import Path
+
+        Path(options.output).write_text(json.dumps(RESULTS, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
