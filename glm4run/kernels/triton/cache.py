@@ -20,7 +20,7 @@ from glm4run.kv_rows import KVLayer, KVRows, turn
 
 MIN_HEAD, MAX_HEAD = 16, 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FEW_ROWS = 1024  # queries up to which a program takes one, and turns it stage by stage
+FEW_TOKENS = 16  # up to which a program takes one row, and turns it stage by stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def _write(
             query_out = query.view(torch.float16) if half else torch.empty_like(query, dtype=torch.float16)
     if turn_query:
         scales = torch.empty(tokens, heads, dtype=torch.float32, device=some.device)
-    many = tokens * heads > FEW_ROWS
+    many = tokens > FEW_TOKENS
     query_rows, rows, warps = (64, 4, 4) if many else (1, 1, 4 if 4 in (layer.keys.bits, layer.values.bits) else 1)
     if key is not None and value is not None:
         write_programs = -(-tokens * kv_heads // rows)

@@ -21,11 +21,27 @@ def _stretch(visible, split, splits, BLOCK_N: tl.constexpr):
     return split * blocks // used * BLOCK_N, tl.minimum((split + 1) * blocks // used * BLOCK_N, visible), used
 
 
+# Of four int8 x the bytes x + 128, behind 0x64 each: 1024 + 128 + x as float16, less 1152.
+HALVES_OF_BYTES = tl.constexpr("""
+{
+    .reg .b32 shifted, pair, less;
+    xor.b32 shifted, $2, 0x80808080;
+    mov.b32 less, 0x64806480;
+    prmt.b32 pair, shifted, 0x64646464, 0x4140;
+    sub.f16x2 $0, pair, less;
+    prmt.b32 pair, shifted, 0x64646464, 0x4342;
+    sub.f16x2 $1, pair, less;
+}
+""")
+
+
 @triton.jit
 def _integers(x, dtype: tl.constexpr):
-    """Whole numbers to floats that hold them exactly."""
+    """Int8 to floats of 16 bits, which hold them exactly."""
     if INTERPRETED:
         return x.to(tl.float32).to(dtype)
+    if dtype == tl.float16:
+        return tl.inline_asm_elementwise(HALVES_OF_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
     return x.to(dtype)
 
 
