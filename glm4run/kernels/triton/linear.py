@@ -34,7 +34,7 @@ class Few:
     rows: int
     words: int = 128
     warps: int = 4
-    unroll: int = 2
+    unroll: int = 4
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,13 @@ def _launch(
     }
     if few is not None:
         multiply_rows[(end,)](
-            *arguments, **form, MB=_power_of_two(M), ROWS=few.rows, BW=few.words, UNROLL=few.unroll, num_warps=few.warps
+            *arguments,
+            **form,
+            MB=_power_of_two(M),
+            ROWS=few.rows,
+            BW=min(few.words, 1 << (first.packed.shape[1].bit_length() - 1)),  # no more than a row has
+            UNROLL=few.unroll,
+            num_warps=few.warps,
         )
     elif tiles is not None:
         multiply_tiles[(end, -(-M // tiles.tokens))](

@@ -147,23 +147,27 @@ def multiply_rows(
     x_columns = x_flat % BW
     x_at = x + (x_flat // BW * x_stride + x_columns * VALUES)[:, None] + tl.arange(0, 4)[None, :]
     token_mask = x_flat // BW < M
-    word_at = packed + rows * W
+    # The last step begins where the row's last BW words do: what was multiplied before meets zeros.
+    STEPS: tl.constexpr = (W + BW - 1) // BW
+    LAST: tl.constexpr = W - BW
+    word_at = packed + rows * W + columns
     scale_at = scales + rows * G
-    # Words past the row's end are its last one, and meet zeros: a mask would cost an instruction a load.
-    ahead = tl.minimum(columns, W - 1)
-    next_word = tl.load(word_at + ahead, cache_modifier=".cg")
-    scale = tl.load(scale_at + ahead // GROUP_WORDS).to(tl.float32)
+    next_word = tl.load(word_at, cache_modifier=".cg")
+    scale = tl.load(scale_at + columns // GROUP_WORDS).to(tl.float32)
     acc = tl.zeros((MB, ROWS, BW), tl.float32)
-    for start in tl.range(0, W, BW, loop_unroll_factor=UNROLL):
+    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
         word = tl.reshape(next_word, (ROWS, BW))
-        here = ahead
-        ahead = tl.minimum(start + BW + columns, W - 1)
-        x_mask = (token_mask & (start + x_columns < W))[:, None]
-        low = tl.load(x_at + start * VALUES, mask=x_mask, other=0.0).to(tl.float32)
+        start = tl.minimum(step * BW, LAST)
+        ahead = tl.minimum((step + 1) * BW, LAST)
+        x_mask = token_mask
+        if W % BW != 0:
+            x_mask = x_mask & (start + x_columns >= step * BW)
+        low = tl.load(x_at + start * VALUES, mask=x_mask[:, None], other=0.0).to(tl.float32)
         if BITS == 4:
-            high = tl.load(x_at + start * VALUES + 4, mask=x_mask, other=0.0).to(tl.float32)
-        next_word = tl.load(word_at + ahead, cache_modifier=".cg")
-        next_scale = tl.load(scale_at + ahead // GROUP_WORDS)
+            high = tl.load(x_at + start * VALUES + 4, mask=x_mask[:, None], other=0.0).to(tl.float32)
+        follows = tl.full((ROWS * BW,), step + 1, tl.int32) < STEPS
+        next_word = tl.load(word_at + ahead, mask=follows, other=0, cache_modifier=".cg")
+        next_scale = tl.load(scale_at + (ahead + columns) // GROUP_WORDS, mask=follows, other=0.0)
         x0, x1, x2, x3 = _split4(low, MB, BW)
         total = (x0 + x1) + (x2 + x3)
         if BITS == 4:
@@ -190,7 +194,7 @@ def multiply_rows(
             part += (x2 * 2.0 ** (LIFT - 16)) * _bits(word, 0xFF0000)[None, :, :]
             part += (x3 * 2.0 ** (LIFT - 16)) * _bits(upper, 0xFF0000)[None, :, :]
         if HAS_ZEROS:
-            zero = _zero_point(zeros, rows, here // GROUP_WORDS, G, BITS)
+            zero = _zero_point(zeros, rows, (start + columns) // GROUP_WORDS, G, BITS)
             part -= tl.reshape(zero, (ROWS, BW))[None, :, :] * total
         acc += part * tl.reshape(scale, (ROWS, BW))[None, :, :]
         scale = next_scale.to(tl.float32)
