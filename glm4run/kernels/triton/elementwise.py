@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit import elementwise as jit
 
 SILU_BLOCK = 1024
@@ -19,7 +20,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     size = x.shape[-1]
     out = torch.empty_like(x, dtype=dtype)
     block = triton.next_power_of_2(size)
-    jit.rms_norm[(x.numel() // size,)](x, weight, out, size, eps, BLOCK=block, num_warps=_warps(block))
+    jit.rms_norm[(x.numel() // size,)](
+        x, weight, out, size, eps, **overlap(x.device), BLOCK=block, num_warps=_warps(block)
+    )
     return out
 
 
@@ -43,6 +46,7 @@ def add_rms_norm(
         size,
         eps,
         NORMS_BRANCH=branch_weight is not None,
+        **overlap(x.device),
         BLOCK=block,
         num_warps=_warps(block),
     )
@@ -54,7 +58,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     size = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
     grid = (triton.cdiv(size, SILU_BLOCK), out.numel() // size)
-    jit.silu_mul[grid](gate_up, out, size, BLOCK=SILU_BLOCK)
+    jit.silu_mul[grid](gate_up, out, size, **overlap(out.device), BLOCK=SILU_BLOCK)
     return out
 
 
