@@ -24,7 +24,7 @@ from torch import Tensor
 from glm4run.kernels.triton.attention import Tiles, attend
 from glm4run.kernels.triton.cache import Queries, append, ready, rope_append
 from glm4run.kv_format import parse_kv_bits
-from glm4run.kv_rows import KVLayer, KVRows, new_rows
+from glm4run.kv_rows import KVLayer, new_rows
 from glm4run.rope import apply_rope
 
 HEADS, KV_HEADS, D, ROTARY = 32, 2, 128, 64
