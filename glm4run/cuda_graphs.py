@@ -2,8 +2,8 @@
 
 A forward of GLM-4-9B is some 360 kernels, for one token of a few microseconds each: launched one after the other from
 Python they take ten times as long as on the card, and still longer than a chunk of 2048 tokens on a fast one. A graph
-of them is launched at once. What changes, the tokens and their position, lies in device memory where the kernels read it,
-so that one graph serves every position of a cache.
+of them is launched at once. What changes, the tokens and their position, lies in device memory where the kernels read
+it, so that one graph serves every position of a cache.
 """
 
 from __future__ import annotations
