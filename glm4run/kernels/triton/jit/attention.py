@@ -34,15 +34,34 @@ HALVES_OF_BYTES = tl.constexpr("""
 }
 """)
 
+# The same as bf16: 128 and the low seven bits, less 128, or 256 where the sign is set.
+BRAINS_OF_BYTES = tl.constexpr("""
+{
+    .reg .b32 pair, low, sign, minus;
+    mov.b32 minus, 0xBF80BF80;
+    prmt.b32 pair, $2, 0x43434343, 0x4140;
+    and.b32 low, pair, 0xFF7FFF7F;
+    and.b32 sign, pair, 0xFF80FF80;
+    fma.rn.bf16x2 $0, sign, minus, low;
+    prmt.b32 pair, $2, 0x43434343, 0x4342;
+    and.b32 low, pair, 0xFF7FFF7F;
+    and.b32 sign, pair, 0xFF80FF80;
+    fma.rn.bf16x2 $1, sign, minus, low;
+}
+""")
+
 
 @triton.jit
 def _integers(x, dtype: tl.constexpr):
     """Int8 to floats of 16 bits, which hold them exactly."""
     if INTERPRETED:
-        return x.to(tl.float32).to(dtype)
-    if dtype == tl.float16:
-        return tl.inline_asm_elementwise(HALVES_OF_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
-    return x.to(dtype)
+        y = x.to(tl.float32).to(dtype)
+    elif dtype == tl.float16:
+        y = tl.inline_asm_elementwise(HALVES_OF_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        # Not pure, so that it happens where whole rows lie in registers, four bytes together: a column's are apart.
+        y = tl.inline_asm_elementwise(BRAINS_OF_BYTES, "=r,=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=4)
+    return y
 
 
 @triton.jit
