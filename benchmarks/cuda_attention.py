@@ -29,15 +29,16 @@ from glm4run.rope import apply_rope
 
 HEADS, KV_HEADS, D, ROTARY = 32, 2, 128, 64
 KINDS = ("16", "8", "4", "8:4")
+CHECKED = (*KINDS, "16:8", "4:16")
 DEPTHS = (1024, 8192, 32768, 131072)
 LAYERS = 12
 DECODE_TILES = (
     *(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 4), Tiles(16, 128, 4, 2), Tiles(16, 128, 8, 2)),
-    *(Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4), Tiles(16, 64, 2, 3)),
+    *(Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4)),
 )
 PREFILL_TILES = (
-    *(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 3)),
-    *(Tiles(64, 64, 4, 2), Tiles(64, 128, 4, 2)),
+    *(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 4)),
+    *(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
 )
 RESULTS: dict[str, object] = {}
 
@@ -185,13 +186,13 @@ def check(kind: str, tokens: int, start: int) -> None:
     expected = exact(turned_query, wanted, end)
     size = expected.square().mean().sqrt()
     errors = []
-    for at, splits in ((start, None), (position, None), (start, 1), (position, 3)):
+    for at, splits in ((start, None), (position, None), (position, 3 if tokens > 16 else 1)):
         out = attend(asked, layer, at, splits=splits)
         again = attend(asked, layer, at, splits=splits)
         assert torch.equal(out, again), "not the same twice"
         errors.append(float((out.double().unflatten(-1, (HEADS, D)) - expected).square().mean().sqrt() / size))
     errors.append(float((attend(turned_query, layer, start).double().view_as(expected) - expected).abs().max() / size))
-    verdict = "ok" if max(errors[:4]) < 0.01 and max(different) < 1e-3 else "WRONG"
+    verdict = "ok" if max(errors[:3]) < 0.01 and max(different) < 1e-3 else "WRONG"
     print(
         f"{verdict} {kind:>4} T {tokens:5} start {start:6} rms error",
         " ".join(f"{e:.5f}" for e in errors),
@@ -226,7 +227,7 @@ def compile_cases() -> list[Callable[[], object]]:
         return lambda: check(kind, tokens, 300)
 
     cases: list[Callable[[], object]] = [decode(kind, None) for kind in KINDS] + [prefill(kind, None) for kind in KINDS]
-    cases += [checked(kind, tokens) for kind in KINDS for tokens in (1, 5, 600)]
+    cases += [checked(kind, tokens) for kind in CHECKED for tokens in (1, 5, 600)]
     for kind in ("16", "8", "4"):
         cases += [prefill(kind, tiles) for tiles in PREFILL_TILES] + [decode(kind, tiles) for tiles in DECODE_TILES]
     return cases
@@ -393,7 +394,7 @@ def main() -> None:
     with part("compiling"):
         compile_all()
     with part("checks"):
-        for kind in (*KINDS, "16:8", "4:16"):
+        for kind in CHECKED:
             for tokens, start in ((1, 0), (1, 4099), (5, 3000), (600, 2111)):
                 with part_quiet(f"check {kind} {tokens} {start}"):
                     check(kind, tokens, start)

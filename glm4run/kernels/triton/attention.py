@@ -40,9 +40,12 @@ def choose_tiles(rows: int, head_dim: int, key_bits: int, value_bits: int, dtype
     block = min(max(16, 1 << (rows - 1).bit_length()), 128)
     if block < 64:
         return Tiles(block, 32 if wide else 64, 4, 3)
-    if wide or block < 128:
+    quantized = min(key_bits, value_bits) < 16
+    if wide:
+        return Tiles(64, 32, 8, 2)
+    if block < 128:
         return Tiles(64, 64, 4, 2)
-    return Tiles(128, 128 if min(key_bits, value_bits) == 16 else 64, 8, 3 if min(key_bits, value_bits) == 16 else 2)
+    return Tiles(128, 64, 8, 2) if quantized else Tiles(128, 128, 8, 3)
 
 
 def choose_splits(tokens: int, heads: int, kv_heads: int, visible: int | None, tiles: Tiles, device: torch.device) -> int:

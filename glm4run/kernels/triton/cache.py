@@ -206,5 +206,6 @@ def code_table(device: torch.device) -> Tensor:
 
 @cache
 def code_pairs(device: torch.device) -> Tensor:
-    """Of each code the step in the low byte, the lowest level above it: int32 [64]."""
-    return torch.tensor([step | lowest << 8 for step, lowest in CODES], dtype=torch.int32).to(device)
+    """Of each code the step and, in the high half, the lowest level, as two float16, and as two bf16: int32 [2, 64]."""
+    pairs = torch.tensor(CODES, dtype=torch.float32)
+    return torch.stack([pairs.to(dtype).view(torch.int32)[:, 0] for dtype in (torch.float16, torch.bfloat16)]).to(device)
