@@ -24,7 +24,7 @@ from torch import Tensor
 from glm4run.kernels.triton.attention import Tiles, attend
 from glm4run.kernels.triton.cache import Queries, append, ready, rope_append
 from glm4run.kv_format import parse_kv_bits
-from glm4run.kv_rows import KVLayer, KVRows, new_rows
+from glm4run.kv_rows import KVLayer, new_rows
 from glm4run.rope import apply_rope
 
 HEADS, KV_HEADS, D, ROTARY = 32, 2, 128, 64
@@ -87,7 +87,7 @@ def queries(tokens: int, layer: KVLayer) -> Queries:
 def timed(run: Callable[[], object], repeats: int = 5) -> float:
     """Seconds, the median."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -105,6 +105,12 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def measured_copy_rate() -> float:
+    """Bytes read and written a second."""
+    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device=device()) for _ in range(2))
+    return 2 * source.numel() / timed(lambda: target.copy_(source))
 
 
 def token_bytes(kind: str) -> float:
@@ -139,7 +145,8 @@ def exact(query: Tensor, layer: KVLayer, end: int) -> Tensor:
     asked = query.double().unflatten(0, (KV_HEADS, -1))  # [KVH, R, T, D]
     scores = asked @ keys[:, None].transpose(-1, -2) / math.sqrt(D)
     scores.masked_fill_(torch.ones(tokens, end, device=device()).triu(end - tokens + 1).bool(), float("-inf"))
-    return (scores.softmax(-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
+    out: Tensor = (scores.softmax(-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
+    return out
 
 
 def check(kind: str, tokens: int, start: int) -> None:
@@ -169,16 +176,15 @@ def check(kind: str, tokens: int, start: int) -> None:
     cos, sin = angles.cos(), angles.sin()
 
     def heads_of(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, D)).transpose(0, 1)
+        heads: Tensor = x.unflatten(-1, (-1, D)).transpose(0, 1)
+        return heads
 
     turned_query = apply_rope(heads_of(query), cos, sin)[:, start:]
     wanted.keys.write(0, apply_rope(heads_of(key), cos, sin))
     wanted.values.write(0, heads_of(value))
     rope_append(query[:start].clone(), key[:start], value[:start], cos[:start], sin[:start], layer, 0)
     position = torch.tensor([start], dtype=torch.int32, device=device())
-    asked = rope_append(
-        query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position
-    )
+    asked = rope_append(query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position)
     different = [
         float((ours[:, :end] != theirs[:, :end]).float().mean())
         for ours, theirs in zip(layer.tensors().values(), wanted.tensors().values(), strict=True)
@@ -309,7 +315,9 @@ def time_prefill() -> None:
                     query = queries(tokens, layer)
                     seconds = timed(lambda q=query, c=layer, s=start: attend(q, c, s), 3)  # type: ignore[misc]
                     RESULTS[f"prefill {kind} {tokens} {start}"] = seconds
-                    print(f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}")
+                    print(
+                        f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}"
+                    )
             with part_quiet("sdpa"):
                 q, k, v = (
                     torch.randn(1, HEADS, count, D, dtype=torch.bfloat16, device=device())
@@ -331,7 +339,10 @@ def time_prefill() -> None:
                         lambda q=q, k=k, v=v, b=bias: F.scaled_dot_product_attention(q, k, v, attn_mask=b),  # type: ignore[misc]
                         3,
                     )
-                print(f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}", flush=True)
+                print(
+                    f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}",
+                    flush=True,
+                )
 
 
 def sweep_prefill() -> None:
@@ -357,7 +368,9 @@ def time_writing() -> None:
                 layers = [random_layer(kind, 4096) for _ in range(LAYERS)]
                 start = torch.tensor([100], dtype=torch.int32, device=device())
                 query = torch.randn(tokens, HEADS * D, device=device()).bfloat16()
-                out = torch.empty(HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device())
+                out = torch.empty(
+                    HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device()
+                )
                 key, value = (torch.randn(tokens, KV_HEADS * D, device=device()).bfloat16() for _ in range(2))
                 cos = torch.ones(tokens, ROTARY // 2, device=device())
                 heads = [x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (key, value)]
@@ -398,9 +411,7 @@ def main() -> None:
             for tokens, start in ((1, 0), (1, 4099), (5, 3000), (600, 2111)):
                 with part_quiet(f"check {kind} {tokens} {start}"):
                     check(kind, tokens, start)
-    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device=device()) for _ in range(2))
-    copy_rate = 2 * source.numel() / timed(lambda: target.copy_(source))
-    del source, target
+    copy_rate = measured_copy_rate()
     print(f"copy {copy_rate / 1e9:.0f} GB/s")
     RESULTS["copy bytes/s"] = copy_rate
     with part("decode"):

@@ -48,7 +48,9 @@ def choose_tiles(rows: int, head_dim: int, key_bits: int, value_bits: int, dtype
     return Tiles(128, 64, 8, 2) if quantized else Tiles(128, 128, 8, 3)
 
 
-def choose_splits(tokens: int, heads: int, kv_heads: int, visible: int | None, tiles: Tiles, device: torch.device) -> int:
+def choose_splits(
+    tokens: int, heads: int, kv_heads: int, visible: int | None, tiles: Tiles, device: torch.device
+) -> int:
     """Parts of the context that fill the device; no more than there are blocks of the `visible` positions."""
     programs = kv_heads * -(-tokens * (heads // kv_heads) // tiles.rows)
     splits = max(1, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // programs)

@@ -82,8 +82,8 @@ def rope_append(
         query_out: [H, T, D] with contiguous rows; float16 where keys are quantized, else of the queries' dtype
     """
     head_dim = layer.keys.head_dim
-    rows = (x.unflatten(-1, (-1, head_dim)).transpose(0, 1) for x in (query, key, value))
-    return _write(layer, start, *rows, (cos, sin), query_out)
+    asking, keys, values = (x.unflatten(-1, (-1, head_dim)).transpose(0, 1) for x in (query, key, value))
+    return _write(layer, start, asking, keys, values, (cos, sin), query_out)
 
 
 def ready(query: Tensor, layer: KVLayer) -> Queries:
@@ -208,4 +208,6 @@ def code_table(device: torch.device) -> Tensor:
 def code_pairs(device: torch.device) -> Tensor:
     """Of each code the step and, in the high half, the lowest level, as two float16, and as two bf16: int32 [2, 64]."""
     pairs = torch.tensor(CODES, dtype=torch.float32)
-    return torch.stack([pairs.to(dtype).view(torch.int32)[:, 0] for dtype in (torch.float16, torch.bfloat16)]).to(device)
+    return torch.stack([pairs.to(dtype).view(torch.int32)[:, 0] for dtype in (torch.float16, torch.bfloat16)]).to(
+        device
+    )

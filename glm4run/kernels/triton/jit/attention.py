@@ -157,10 +157,7 @@ def _rows_4(
     """
     GROUPS: tl.constexpr = D // 8
     words_at = data + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    if MASKED:
-        words = tl.load(words_at, mask=valid[:, None], other=0)
-    else:
-        words = tl.load(words_at)
+    words = tl.load(words_at, mask=valid[:, None], other=0) if MASKED else tl.load(words_at)
     if GROUPS >= 4:
         code = tl.join(tl.join(packed & 63, (packed >> 12) & 63), tl.join((packed >> 6) & 63, (packed >> 18) & 63))
     else:
@@ -212,9 +209,9 @@ def _rows_8(data, scales, at, valid, N: tl.constexpr, D: tl.constexpr, GROUPS: t
         else:
             scale = tl.load(scales + at).to(tl.float32)
         return _integers(x, dtype), scale
-    groups = tl.load(
-        scales + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :], mask=valid[:, None], other=0.0
-    ).to(tl.float32)
+    groups = tl.load(scales + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :], mask=valid[:, None], other=0.0).to(
+        tl.float32
+    )
     largest = tl.max(groups, axis=1)
     share = tl.where(groups == 0.0, 0.0, groups / largest[:, None])  # of what is not finite: NaN
     wide = tl.reshape(x.to(tl.float32), (N, GROUPS, D // GROUPS)) * share[:, :, None]
@@ -433,7 +430,7 @@ def combine(
         first_position = tl.load(start)
     block = (token * REPEAT + row % REPEAT) // BLOCK_M
     visible = first_position + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // REPEAT + 1, tokens)
-    begin, end, used = _stretch(visible, 0, splits, BLOCK_N)
+    _, _, used = _stretch(visible, 0, splits, BLOCK_N)
     rows = tokens * HEADS
     split = tl.arange(0, MOST)
     tops = tl.load(partial_sums + split.to(tl.int64) * rows + row, mask=split < used, other=float("-inf"))

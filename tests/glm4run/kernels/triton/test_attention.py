@@ -167,7 +167,7 @@ def test_what_is_not_finite_reaches_those_who_see_it(bits: int, width: int, bad:
     for which in (0, 1):
         pair = [rows_of(2, 83, width, 0).bfloat16(), rows_of(2, 83, width, 1).bfloat16()]
         pair[which][1, 76, 3] = bad
-        layer, query = layer_of((bits, bits), *pair), rows_of(4, 12, width, 2).bfloat16().abs()
+        layer, query = layer_of((bits, bits), pair[0], pair[1]), rows_of(4, 12, width, 2).bfloat16().abs()
         for splits in (1, 2):
             finite = attend(query, layer, 71, splits=splits).unflatten(-1, (4, width)).isfinite()
             assert bool(finite[:, :2].all()), "the other KV head"

@@ -80,7 +80,8 @@ def test_rows_that_cannot_be_kept_read_as_nothing_finite(bits: int) -> None:
 
 
 def heads_of(x: Tensor, width: int) -> Tensor:
-    return x.unflatten(-1, (-1, width)).transpose(0, 1)
+    heads: Tensor = x.unflatten(-1, (-1, width)).transpose(0, 1)
+    return heads
 
 
 def as_asked(query: Tensor, keys: KVRows) -> Tensor:
