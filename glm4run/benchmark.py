@@ -25,6 +25,7 @@ from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
 from glm4run.kernels.cpu.library import native, why_missing
 from glm4run.layers import QuantizedLinear
+from glm4run.loading import available_bytes
 from glm4run.machine import cpu_name, default_threads
 from glm4run.memory import available_ram_bytes
 from glm4run.model import DecoderLayer
@@ -35,6 +36,8 @@ from glm4run.user_files import replace_file, user_path
 READ_BYTES = 1 << 30  # far beyond any cache
 PREFETCH_DISTANCES = (0, 256, 512, 1024, 2048, 4096)  # bytes ahead
 READ_REPEATS = 3
+COPIED_BYTES, LEAST_COPIED_BYTES = 4 << 30, 8 << 20  # on a GPU, at most a quarter of what is free
+COPIES, COPY_READINGS = 10, 5
 DENSE_PROBE_ROWS = 8192
 FILLED_AT_ONCE = 1024  # tokens of a cache
 STEADY = 0.9  # two readings of the bandwidth agree if their ratio is at least this
@@ -42,7 +45,10 @@ STEADY = 0.9  # two readings of the bandwidth agree if their ratio is at least t
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Reading memory in one stream per thread: the best of all thread counts and prefetch distances, each a median."""
+    """Reading memory in one stream per thread: the best of all thread counts and prefetch distances, each a median.
+
+    On a GPU that of copying, whose threads and distance are 0.
+    """
 
     best_gb_per_s: float
     threads: int
@@ -121,6 +127,34 @@ class ReadProbe:
         return statistics.median(self.gb_per_s(threads, prefetch_bytes) for _ in range(READ_REPEATS))
 
 
+class CopyProbe:
+    """A GPU's memory, copied from one half of a buffer to the other: bytes read and bytes written count.
+
+    What is copied is as long as a few milliseconds, beside which the launch of a kernel does not show.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        nbytes = min(COPIED_BYTES, (available_bytes(device) or 0) // 4) // 2
+        if nbytes < LEAST_COPIED_BYTES:
+            raise DoesNotFitError(f"no memory is left on {device} to copy", hint="use a smaller context")
+        self.halves = torch.ones(2, nbytes, dtype=torch.uint8, device=device)
+
+    def best(self) -> Bandwidth:
+        """Takes a fraction of a second. Threads and prefetching are the card's own matter."""
+        self.gb_per_s(0, 0)
+        return Bandwidth(statistics.median(self.gb_per_s(0, 0) for _ in range(COPY_READINGS)), 0, 0)
+
+    def gb_per_s(self, threads: int, prefetch_bytes: int) -> float:
+        """One reading."""
+        torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        for _ in range(COPIES):
+            self.halves[1].copy_(self.halves[0])
+        torch.cuda.synchronize(self.device)
+        return COPIES * self.halves.numel() / (time.perf_counter() - started) / 1e9
+
+
 def measure_read_bandwidth() -> Bandwidth:
     """The read bandwidth of this machine, in decimal GB/s."""
     with ReadProbe() as probe:
@@ -195,7 +229,7 @@ def measure(
     generate: int,
     depths: tuple[int, ...],
     repeat: int,
-    probe: ReadProbe | None,
+    probe: ReadProbe | CopyProbe | None,
     bandwidth: Bandwidth | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Row]:
@@ -248,7 +282,7 @@ def share_of_bandwidth(reached: Sequence[float], readings: Sequence[float | None
     return statistics.median(shares) if shares else None
 
 
-def _reading(probe: ReadProbe | None, bandwidth: Bandwidth | None) -> float | None:
+def _reading(probe: ReadProbe | CopyProbe | None, bandwidth: Bandwidth | None) -> float | None:
     """The read bandwidth at this moment, in the way that was found best."""
     if probe is None or bandwidth is None:
         return None

@@ -26,7 +26,7 @@ from glm4run.memory import MemoryPlan, Run
 from glm4run.memory.heap import kept_block_bytes, return_large_blocks
 from glm4run.memory.weights import EMBEDDING
 from glm4run.model import Glm4Model
-from glm4run.ops import NativeOps, Ops, choose_ops
+from glm4run.ops import Ops, TritonOps, choose_ops
 from glm4run.quant_config import QuantScheme, on_load_scheme
 from glm4run.speculative import MOST_DRAFTED
 from glm4run.tensor_loading import Progress, TensorLoader
@@ -146,7 +146,7 @@ def load_weights(
     }
     chosen, reason = _choose_backend(backend, specs)
     with CheckpointReader(folder, config) as reader:
-        ops = choose_ops(backend)
+        ops = choose_ops(backend, target)
         can_map = target.type == "cpu" and chosen is not None and chosen.name == "native"
         maps = mmap and can_map
         if mmap and not maps:
@@ -160,6 +160,10 @@ def load_weights(
         loader.run(specs)
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
+    if isinstance(ops, TritonOps):
+        from glm4run.cuda_step import captured_step  # where Triton is
+
+        model.step = captured_step(model, target, kv_format)
     return_large_blocks(kept_block_bytes(plan.weight_bytes))
     layout = _later_layout(model, loader) if moves else None
     if layout is not None:
@@ -310,9 +314,7 @@ def planned_run(
             is_open=True, calibration=memory.read_calibration(torch.cuda.get_device_name(device))
         )
     )
-    computes = weights.compute(
-        config, dtype=dtype_name, device=device.type, native_attention=on_cpu and isinstance(ops, NativeOps)
-    )
+    computes = weights.compute(config, dtype=dtype_name, device=device.type, ops=ops.name)
     verifies = backend is not None and backend.name == "native" and "lm_head" in specs  # drafts: generate.py
     return Run(
         weights,

@@ -18,7 +18,7 @@ from glm4run.kv_cache import KVCache
 from glm4run.kv_rows import KVLayer
 from glm4run.layers import Embedding, Linear, RMSNorm, linear_together
 from glm4run.memory import logits_block_rows
-from glm4run.ops import Ops, split_heads
+from glm4run.ops import Ops
 from glm4run.rope import Rope
 from glm4run.torch_threads import one_torch_thread
 
@@ -41,6 +41,14 @@ class LayerStack(Protocol):
         ...
 
 
+class DecodeStep(Protocol):
+    """A forward of one token, the whole model in one call."""
+
+    def logits(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits float32 [1, V] behind ids [1], which become part of the cache. The results of the modules."""
+        ...
+
+
 class Attention(nn.Module):
     """q, k, v with bias, partial RoPE, grouped-query attention, output projection."""
 
@@ -59,17 +67,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, branch: torch.dtype) -> Tensor:
         """x [..., T, hidden] to [..., T, hidden] in dtype `branch`; `rope` is cos and sin of the T positions."""
-        query, key, value = linear_together((self.q_proj, self.k_proj, self.v_proj), x)
-        query = self.ops.rope(query, self.head_dim, *rope)
-        key = self.ops.rope(key, self.head_dim, *rope)
-        value = split_heads(value, self.head_dim)
+        projected = linear_together((self.q_proj, self.k_proj, self.v_proj), x)
         if cache is None:
-            attended = self.ops.attention(query, key, value)
+            attended = self.ops.attend_alone(projected, self.head_dim, rope)
         else:
-            kept, end = cache.layers[self.layer], cache.require(x.shape[-2])
-            self.ops.append(kept, cache.position, key, value)
-            del key, value  # attention reads the cache
-            attended = self.ops.attend(query, kept, end)
+            cache.require(x.shape[-2])
+            attended = self.ops.attend_new(projected, self.head_dim, rope, cache.layers[self.layer], cache.position)
         out: Tensor = self.o_proj(attended.to(branch))
         return out
 
@@ -154,6 +157,7 @@ class Glm4Model(nn.Module):
         self.model = Decoder(config, ops or Ops())
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.stack: LayerStack | None = None
+        self.step: DecodeStep | None = None
 
     @_beside_the_library
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -179,6 +183,8 @@ class Glm4Model(nn.Module):
     @_beside_the_library
     def forward(self, ids: Tensor, cache: KVCache | None = None, *, logits: Literal["last", "all"] = "last") -> Tensor:
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
+        if self.step is not None and cache is not None and ids.shape == (1,):
+            return self.step.logits(ids, cache)
         hidden = self.hidden_states(ids, cache)
         out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
         return out.float()

@@ -1,25 +1,32 @@
-"""What lies between the linears of a layer: norms, SwiGLU, rotation, attention. In torch, and in the native library.
+"""What lies between the linears of a layer: norms, SwiGLU, rotation, attention. In torch, natively, and in Triton.
 
 `Ops` is the torch code, which runs everywhere and is the reference. `NativeOps` gives the same results up to rounding,
-faster on a CPU, and leaves to torch whatever the library does not take. The model gets one of the two when it is made.
+faster on a CPU, `TritonOps` on CUDA; both leave to torch whatever their kernels do not take. The model gets one of the
+three when it is made.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glm4run.attention import grouped_query_attention
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import why_missing
+from glm4run.kernels.triton import why_missing as triton_missing
 from glm4run.kv_rows import KVLayer, KVRows, attend_turned
 from glm4run.layers import rms_norm
 from glm4run.memory import attends_natively
 from glm4run.rope import apply_rope
 
+Turns = tuple[Tensor, Tensor]  # cosine and sine of the tokens at hand, float32 [T, R/2]
+
 
 class Ops:
     """The operations in torch."""
+
+    name = "torch"  # as `memory.Compute` knows them
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [..., size] to the same shape and dtype."""
@@ -38,6 +45,24 @@ class Ops:
         """`attention.grouped_query_attention`: query [..., H, T, D] to [..., T, H * D]."""
         return grouped_query_attention(query, key, value)
 
+    def attend_alone(self, projected: list[Tensor], head_dim: int, rope: Turns) -> Tensor:
+        """Attention of tokens to each other: what the projections made of them, each [..., T, heads * D], to
+        [..., T, H * D]. The list is emptied, so that what is not needed any more is gone."""
+        value, key, query = (projected.pop() for _ in range(3))
+        query = self.rope(query, head_dim, *rope)
+        key = self.rope(key, head_dim, *rope)
+        return self.attention(query, key, split_heads(value, head_dim))
+
+    def attend_new(self, projected: list[Tensor], head_dim: int, rope: Turns, cache: KVLayer, start: int) -> Tensor:
+        """The same for the tokens from position `start` on, each [T, heads * D], and all before them, which the cache
+        holds; it keeps the new ones."""
+        value, key, query = (projected.pop() for _ in range(3))
+        query = self.rope(query, head_dim, *rope)
+        key = self.rope(key, head_dim, *rope)
+        self.append(cache, start, key, split_heads(value, head_dim))
+        del key, value  # attention reads the cache
+        return self.attend(query, cache, start + query.shape[1])
+
     def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
         """Keeps key and value [KVH, T, D] from position `start` on."""
         cache.keys.write(start, key)
@@ -52,6 +77,8 @@ class Ops:
 
 class NativeOps(Ops):
     """The operations in the native library, where it takes the tensors."""
+
+    name = "native"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not native.runs(x, weight):
@@ -93,12 +120,56 @@ class NativeOps(Ops):
         return native.attention(query, KVLayer(KVRows(key), KVRows(value)), key.shape[1])
 
 
+class TritonOps(Ops):
+    """The operations in Triton, for tensors on CUDA; what the kernels do not take is left to torch."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        # Imported here: on a CPU nobody needs Triton to be there.
+        from glm4run.kernels.triton import attention, cache, elementwise
+
+        self.attending, self.caching, self.elementwise = attention, cache, elementwise
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.elementwise.rms_norm(x.contiguous(), weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self.elementwise.silu_mul(gate_up.contiguous())
+
+    def attend_new(self, projected: list[Tensor], head_dim: int, rope: Turns, cache: KVLayer, start: int) -> Tensor:
+        query = projected[0]
+        if self._why_not(cache, query.unflatten(-1, (-1, head_dim)).transpose(0, 1)) is not None:
+            return super().attend_new(projected, head_dim, rope, cache, start)
+        out = torch.empty_like(query)
+        value, key, query = (projected.pop() for _ in range(3))
+        turned = self.caching.rope_append(query, key, value, *rope, cache, start)
+        del key, value, query  # attention reads the cache
+        return self.attending.attend(turned, cache, start, out=out)
+
+    def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
+        if self._why_not(cache, key) is not None or not key.stride(-1) == value.stride(-1) == 1:
+            super().append(cache, start, key, value)
+        else:
+            self.caching.append(cache, start, key, value)
+
+    def attend(self, query: Tensor, cache: KVLayer, end: int) -> Tensor:
+        if self._why_not(cache, query) is not None or query.stride(-1) != 1:
+            return super().attend(query, cache, end)
+        return self.attending.attend(query, cache, end - query.shape[1])
+
+    def _why_not(self, cache: KVLayer, query: Tensor) -> str | None:
+        return self.caching.why_not(cache, query.shape[0], query.shape[-1], query.dtype)
+
+
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """[..., T, heads * D] to [..., heads, T, D]."""
     heads: Tensor = x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
     return heads
 
 
-def choose_ops(backend: str) -> Ops:
-    """The native operations, unless the user named a backend of torch's or the library is not there."""
+def choose_ops(backend: str, device: torch.device) -> Ops:
+    """The fastest operations for a device, unless the user named a backend of torch's or they are not there."""
+    if device.type == "cuda":
+        return TritonOps() if backend in ("auto", "triton") and triton_missing(device) is None else Ops()
     return NativeOps() if backend in ("auto", "native") and why_missing() is None else Ops()

@@ -36,10 +36,13 @@ class Rope:
 
     def cos_sin(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine for positions start .. start+count-1: two float32 [count, rotary_dim / 2]."""
-        positions = torch.arange(start, start + count, dtype=torch.float64)
-        angles = torch.outer(positions, self.inv_freq.double())
-        factor = self.attention_factor
-        return (angles.cos() * factor).float().to(device), (angles.sin() * factor).float().to(device)
+        cos, sin = self.cos_sin_at(torch.arange(start, start + count, dtype=torch.float64), self.inv_freq.double())
+        return cos.to(device), sin.to(device)
+
+    def cos_sin_at(self, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for positions [T], where they are; `inv_freq` is the attribute beside them. Both float64."""
+        angles = torch.outer(positions, inv_freq)
+        return (angles.cos() * self.attention_factor).float(), (angles.sin() * self.attention_factor).float()
 
     def mean_cos_sin(self, count: int) -> tuple[Tensor, Tensor]:
         """The means of cosine and sine over positions 0 .. count-1: two float32 [1, rotary_dim / 2].

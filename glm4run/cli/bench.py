@@ -15,7 +15,9 @@ from glm4run.errors import UsageError
 from glm4run.machine import commit, cpu_name
 
 if TYPE_CHECKING:
-    from glm4run.benchmark import Bandwidth, ReadProbe, Row
+    import torch
+
+    from glm4run.benchmark import Bandwidth, CopyProbe, ReadProbe, Row
     from glm4run.generate import LoadedModel
 
 SLOWER = 1.1  # a packed format that takes this much longer than bf16 is worth a warning
@@ -57,16 +59,16 @@ def bench(
     reading = _Reading()
     for name in loading.backend.split(","):
         _, loaded = options.load(model, dataclasses.replace(loading, backend=name), ctx=str(longest))
-        if loaded.device.type == "cpu" and not check_plan:  # what is read through is a GiB, and no part of the plan
-            reading.start()
+        if not check_plan:  # what is read through is a GiB, and no part of the plan
+            reading.start(loaded.device)
         rows += _measure(loaded, prompts, generate, depths, repeat, reading, compares=not check_plan)
         if check_plan:
             options.say_plan_check(loaded, longest)
         del loaded  # before the next backend loads its own arrangement of the weights
     if as_json:
-        write_json(_as_json(rows, reading.bandwidth))
+        write_json(_as_json(rows, reading))
     else:
-        _print(rows)
+        _print(rows, reading.kind)
 
 
 def _sizes(option: str, text: str) -> tuple[int, ...]:
@@ -79,17 +81,27 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
 
 
 class _Reading:
-    """The probe of the memory's bandwidth, from the first model on the CPU to the end of the command."""
+    """The probe of the memory's bandwidth, from the first model to the end of the command."""
 
     def __init__(self) -> None:
-        self.probe: ReadProbe | None = None
+        self.probe: ReadProbe | CopyProbe | None = None
         self.bandwidth: Bandwidth | None = None
+        self.machine, self.kind = cpu_name(), "read"
 
-    def start(self) -> None:
+    def start(self, device: torch.device) -> None:
+        """On `device`, where the model is."""
         if self.probe is not None:
             return
-        from glm4run.benchmark import ReadProbe, remember_bandwidth
+        import torch
 
+        from glm4run.benchmark import CopyProbe, ReadProbe, remember_bandwidth
+
+        if device.type == "cuda":
+            self.probe = CopyProbe(device)
+            self.bandwidth = self.probe.best()
+            self.machine, self.kind = torch.cuda.get_device_name(device), "copy"
+            note(f"copy bandwidth of {self.machine}: {self.bandwidth.best_gb_per_s:.0f} GB/s, read and written")
+            return
         self.probe = ReadProbe()
         with stderr_console().status("measuring the read bandwidth"):
             self.bandwidth = self.probe.best()
@@ -139,9 +151,10 @@ def _measure(
     return rows
 
 
-def _as_json(rows: list[Row], bandwidth: Bandwidth | None) -> dict[str, Any]:
+def _as_json(rows: list[Row], reading: _Reading) -> dict[str, Any]:
+    bandwidth = reading.bandwidth
     return {
-        "machine": cpu_name(),
+        "machine": reading.machine,
         "commit": commit(),
         "read_bandwidth_gb_per_s": None if bandwidth is None else round(bandwidth.best_gb_per_s, 2),
         "rows": [
@@ -163,14 +176,14 @@ def _rounded(share: float | None) -> float | None:
     return None if share is None else round(share, 4)
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], kind: str) -> None:
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
     table = Table(
-        caption="pp: prefill, tg: decoding. Decoding reads every weight once a token; share is of the read "
-        "bandwidth just measured."
+        caption="pp: prefill, tg: decoding. Decoding reads every weight once a token; share is of the "
+        f"{kind} bandwidth just measured."
     )
     for column in ("test", "depth", "tok/s", "per token", "GB/s", "share", "backend"):
         table.add_column(column, justify="left" if column in ("test", "backend") else "right")

@@ -130,6 +130,7 @@ class Backend(Protocol):
 # Name to where it lives, best first: `auto` takes the first that can run every linear of a model.
 _BACKENDS = {
     "native": ("glm4run.kernels.cpu.backend", "NativeBackend"),
+    "triton": ("glm4run.kernels.triton.backend", "TritonBackend"),
     "torch": ("glm4run.kernels.torch_ops", "TorchBackend"),
     "reference": ("glm4run.kernels.reference", "ReferenceBackend"),
     "bitsandbytes": ("glm4run.kernels.bitsandbytes", "BitsandbytesBackend"),

@@ -16,13 +16,14 @@ from glm4run.quant_config import QuantScheme
 # Of other libraries (kernels/bitsandbytes.py, kernels/quanto.py): bnb4 dequantizes at each call, bnb4_cpu reads the
 # packed weight; qint4 and qint8 likewise dequantize, and with _packed run torch's kernels.
 Foreign = Literal["bnb4", "bnb4_cpu", "llm_int8", "qint4", "qint4_packed", "qint8", "qint8_packed"]
-Kernel = Literal["dense", "int4", "tiled", "native", "reference", Foreign]
+Kernel = Literal["dense", "int4", "tiled", "native", "triton", "reference", Foreign]
 BNB_CPU_FLAG, BNB_CPU_ROWS = "avx512_bf16", 32  # what bitsandbytes' packed CPU kernel needs
 BNB_CODE_BYTES = 16 * 4
 QUANTO_PACKED_GROUP, QUANTO_PACKED_ROWS, QUANTO_INT8_COLUMNS = 128, 16, 4
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES, CUDA_TILE_BYTES = 2 * MIB, 64 * MIB  # of float32, as kernels/torch_ops.py has them
 PANEL_ROWS, PANEL_COLUMNS = 16, 32  # of kernels/cpu/src/layout.h
+TRITON_MOST_TILED, TRITON_TILE_BYTES, TRITON_TILE_STEP = 128, 64 * MIB, 2048  # of kernels/triton/linear.py
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def choose_kernel(linear: Linear, *, backend: str, device: str, dtype: str) -> K
         return "dense"
     if linear.scheme.kind != "int":
         return _choose_foreign(linear, linear.scheme, device=device, dtype=dtype)
-    named: dict[str, Kernel] = {"native": "native", "reference": "reference"}
+    named: dict[str, Kernel] = {"native": "native", "triton": "triton", "reference": "reference"}
     if backend in named:
         return named[backend]
     group = linear.scheme.group_size
@@ -135,6 +136,8 @@ def kernel_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device:
         return _foreign_scratch_bytes(linear, kernel, tokens, device=device, dtype_bytes=dtype_bytes)
     if kernel == "native":  # quantized activations, at most two bytes a value, with their scales and sums
         return tokens * _up(in_features, 64) * 2 + 8 * tokens * (in_features // 32 + 1)
+    if kernel == "triton":
+        return 0 if tokens <= TRITON_MOST_TILED else _triton_tile_rows(linear, dtype_bytes) * in_features * dtype_bytes
     if kernel == "reference":
         return _dequantize_bytes(linear, out_features, dtype_bytes)
     tile = CUDA_TILE_BYTES if device == "cuda" else CPU_TILE_BYTES
@@ -144,6 +147,12 @@ def kernel_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device:
     # While one tile's product is written, its dense weight is there; the next tile is made after it is gone.
     product = rows * in_features * compute + tokens * rows * compute
     return widened + max(_dequantize_bytes(linear, rows, compute), product)
+
+
+def _triton_tile_rows(linear: Linear, dtype_bytes: int) -> int:
+    """Rows that are dense at once where many tokens meet a weight: whole steps of them where one fits."""
+    fitting = TRITON_TILE_BYTES // (linear.in_features * dtype_bytes)
+    return min(linear.out_features, fitting // TRITON_TILE_STEP * TRITON_TILE_STEP or max(fitting, 16))
 
 
 def _foreign_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device: str, dtype_bytes: int) -> int:

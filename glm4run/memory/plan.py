@@ -15,12 +15,13 @@ from glm4run.config import ModelConfig
 from glm4run.kv_format import KVFormat, row_bytes, tensor_widths
 from glm4run.memory.allocator import reserved_for_equal
 from glm4run.memory.heap import kept_block_bytes
-from glm4run.memory.overhead import Overhead
+from glm4run.memory.overhead import CUBLAS_BYTES, Overhead
 from glm4run.memory.sizes import MIB, tokens_text
 from glm4run.memory.terms import PREFILL_CHUNK, MemoryPlan, Term
 from glm4run.memory.weights import Weights
 from glm4run.memory.workspace import MAX_LOGITS_BYTES, Compute, forward_peak
 
+LARGER_CHUNKS = (2048, 1024)  # what a GPU with room for them takes
 SMALLER_CHUNKS = (256, 128, 64)  # what a context that would not fit otherwise is tried with
 HEADROOM_BYTES = 512 * MIB  # what choosing a dtype leaves to everything that is not weights
 # Free pieces between the forward's tensors that fit no other. Source: traces replayed in tests/glm4run/memory.
@@ -30,7 +31,7 @@ HEAP_SLACK_SHARE, LOADING_SLACK_SHARE, MOST_LOADING_SLACK_BYTES = 32, 16, 16 * M
 
 MAPPED_WINDOW_BYTES = 64 << 10  # Linux maps so much around a page of a file that is touched (fault_around_bytes)
 
-ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights")
+ATTENTION = ("keys in float32", "values in float32", "attention scores", "attention weights", "split contexts")
 LOGITS = ("logits", "logits in float32", "sampling")
 
 
@@ -119,6 +120,7 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
         Term("attention", attention, "modelled", _attention_formula(moment.tensors, context_len)),
         Term("logits", logits, "modelled", _logits_formula(run)),
         *(_every_logits_term(run, context_len, result) if run.every_logits else ()),
+        *(_graph_term(run, context_len) if compute.ops == "triton" else ()),
         *run.extra_terms(context_len),
         Term(run.overhead.name, run.overhead.bytes, run.overhead.kind, run.overhead.formula),
     ]
@@ -153,6 +155,14 @@ def _weight_terms(run: Run) -> list[Term]:
         Term(name, nbytes - run.not_here.get(name, 0), "modelled" if name in run.not_here else "exact", formulas[name])
         for name, nbytes in classes.items()
     ]
+
+
+def _graph_term(run: Run, context_len: int) -> tuple[Term]:
+    """`cuda_step`: its tensors stay; a dense product gets a workspace of cuBLAS of its own."""
+    tensors = forward_peak(run.compute, 1, context_len, kv_format=run.kv_format).bytes
+    dense = any(kernel == "dense" for _, kernel in run.compute.kernels.values())
+    formula = "tensors of the captured decode step" + (", and cuBLAS" if dense else "")
+    return (Term("decode_graph", tensors + (CUBLAS_BYTES if dense else 0), "modelled", formula),)
 
 
 def _logits_formula(run: Run) -> str:
@@ -212,5 +222,13 @@ def choose_plan(run: Run, available_bytes: int, wanted: int | None, limit: int) 
         candidate = dataclasses.replace(run, chunk=chunk)
         fitting = largest_context(candidate, available_bytes, wanted or limit)
         if fitting and (wanted is None or fitting == wanted):
-            return plan_run(candidate, fitting)
+            return _with_larger_chunk(candidate, plan_run(candidate, fitting), available_bytes)
     return None
+
+
+def _with_larger_chunk(run: Run, plan: MemoryPlan, available_bytes: int) -> MemoryPlan:
+    """On a GPU large chunks are faster: weights are unpacked once for each. Taken where the same context fits."""
+    if run.compute.ops != "triton":
+        return plan
+    larger = (plan_run(dataclasses.replace(run, chunk=size), plan.context_len) for size in LARGER_CHUNKS)
+    return next((found for found in larger if found.peak_bytes <= available_bytes), plan)

@@ -74,11 +74,9 @@ class Weights:
             most = max(most, loaded + item.read_bytes)
         return most
 
-    def compute(
-        self, config: ModelConfig, *, dtype: str, device: str, batch: int = 1, native_attention: bool = False
-    ) -> Compute:
-        """How a forward with these weights computes. `native_attention`: in the native library, on a CPU."""
-        return Compute(config, dtype, device, self.kernels, self.embedding_element_bytes, batch, native_attention)
+    def compute(self, config: ModelConfig, *, dtype: str, device: str, batch: int = 1, ops: str = "torch") -> Compute:
+        """How a forward with these weights computes; `ops` as in `Compute`."""
+        return Compute(config, dtype, device, self.kernels, self.embedding_element_bytes, batch, ops)
 
 
 def _class_of(name: str) -> str:

@@ -19,6 +19,8 @@ MAX_SCORE_BYTES = 64 * MIB  # of attention.py
 ATTENTION_LANES = 16  # of kernels/cpu/src/kernels.h
 MAX_LOGITS_BYTES = 64 * MIB  # of one product with the head, where the logits of every position are asked for
 DTYPE_BYTES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Of kernels/triton/attention.py: two programs on each of an H100's multiprocessors, rows and positions of one.
+TRITON_PROGRAMS, TRITON_BLOCK, TRITON_POSITIONS = 2 * 132, 128, 32
 LINEAR_KINDS = ("qkv", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
@@ -32,7 +34,7 @@ class Compute:
     kernels: Mapping[str, tuple[Linear, Kernel]]  # of each of LINEAR_KINDS; q stands for qkv
     embedding_bytes: int = 2  # of one element, as stored
     batch: int = 1
-    native_attention: bool = False  # blocks of a thread's own, of less than a megabyte, in place of torch's matrices
+    ops: str = "torch"  # what computes between the linears: torch, native (on a CPU) or triton (on CUDA)
 
     @property
     def dtype_bytes(self) -> int:
@@ -129,6 +131,10 @@ def _norm(ledger: _Ledger, step: str, tokens: int, compute: Compute) -> None:
     """`layers.RMSNorm` and the cast behind it; leaves `normed`."""
     size = tokens * compute.config.hidden_size
     narrow = compute.residual_bytes != 4
+    if compute.ops == "triton":
+        ledger.hold(step, normed=size * compute.residual_bytes)
+        _narrowed(ledger, step, size, compute)
+        return
     if narrow:
         ledger.hold(step, wide=4 * size)
     ledger.hold(step, squares=4 * size)
@@ -142,6 +148,11 @@ def _norm(ledger: _Ledger, step: str, tokens: int, compute: Compute) -> None:
         return
     ledger.drop("scaled")
     ledger.rename("weighted", "normed")
+    _narrowed(ledger, step, size, compute)
+
+
+def _narrowed(ledger: _Ledger, step: str, size: int, compute: Compute) -> None:
+    """The cast behind a norm in float32, where the linears take fp16."""
     if compute.dtype == "fp16":
         ledger.hold(step, narrowed=size * 2)
         ledger.drop("normed")
@@ -165,15 +176,18 @@ def _attention_branch(ledger: _Ledger, compute: Compute, tokens: int, context: i
     kv = tokens * config.num_key_value_heads * config.head_dim
     _norm(ledger, "input_layernorm", tokens, compute)
     _linear(ledger, compute, "qkv", tokens, "q")
-    if config.attention_bias:
+    if config.attention_bias and compute.ops != "triton":
         ledger.hold("qkv bias", **{"q with bias": query * element})
         ledger.drop("q")
         ledger.rename("q with bias", "q")
     ledger.hold("qkv", k=kv * element, v=kv * element)
-    _rope(ledger, compute, tokens)
-    _quantize(ledger, compute, tokens, kv_format)
-    ledger.drop("k", "v")  # they are in the cache now
-    _scores(ledger, compute, tokens, context, kv_format)
+    if compute.ops == "triton":
+        _triton_attention(ledger, compute, tokens, context, query, kv_format)
+    else:
+        _rope(ledger, compute, tokens)
+        _quantize(ledger, compute, tokens, kv_format)
+        ledger.drop("k", "v")  # they are in the cache now
+        _scores(ledger, compute, tokens, context, kv_format)
     if compute.dtype == "fp16":
         ledger.hold("attention", widened=4 * query)
         ledger.drop("attended")
@@ -214,7 +228,7 @@ def quantizing_bytes(config: ModelConfig, tokens: int, bits: int) -> int:
 
 def _quantize(ledger: _Ledger, compute: Compute, tokens: int, kv_format: KVFormat) -> None:
     """New keys and values, one after the other."""
-    if kv_format.is_quantized and not compute.native_attention:
+    if kv_format.is_quantized and compute.ops != "native":
         new = 4 * tokens * compute.config.num_key_value_heads * compute.config.head_dim
         unbiased = new if compute.config.attention_bias and kv_format.key_bits < 16 else 0
         rows = max(
@@ -222,6 +236,31 @@ def _quantize(ledger: _Ledger, compute: Compute, tokens: int, kv_format: KVForma
         )
         ledger.hold("cache", **{"keys less their bias": unbiased, "rows in steps": rows})
         ledger.drop("keys less their bias", "rows in steps")
+
+
+def _triton_attention(
+    ledger: _Ledger, compute: Compute, tokens: int, context: int, query: int, kv_format: KVFormat
+) -> None:
+    """`rope_append` and `attend` of kernels/triton; leaves `attended`. Queries are turned where they lie, but those
+    in float32 that meet quantized keys: they become float16."""
+    config, element = compute.config, compute.dtype_bytes
+    if kv_format.key_bits < 16:
+        narrowed = 2 * query if element == 4 else 0
+        ledger.hold("rope", **{"q turned": narrowed, "q scales": 4 * tokens * config.num_attention_heads})
+    ledger.drop("k", "v")  # they are in the cache now
+    ledger.hold("attention", attended=query * element)
+    ledger.hold("attention", **{"split contexts": split_bytes(config, tokens, context)})
+    ledger.drop("split contexts", "q", "q scales")
+
+
+def split_bytes(config: ModelConfig, tokens: int, context: int) -> int:
+    """What a few tokens' parts of the context are added up from, in `kernels/triton/attention.py`: sums, two float32 a
+    row beside them. Of the largest device that it is likely to meet; at most 18 MB for GLM-4-9B."""
+    repeat = config.num_attention_heads // config.num_key_value_heads
+    block = min(max(16, 1 << (tokens * repeat - 1).bit_length()), TRITON_BLOCK)
+    programs = config.num_key_value_heads * -(-tokens * repeat // block)
+    splits = min(max(1, TRITON_PROGRAMS // programs), -(-context // TRITON_POSITIONS))
+    return 4 * splits * tokens * config.num_attention_heads * (config.head_dim + 2) if splits > 1 else 4
 
 
 def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
@@ -238,7 +277,7 @@ def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
 def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_format: KVFormat) -> None:
     """`attention.grouped_query_attention`; leaves `attended`. Scores grow with the context up to their bound."""
     config, element = compute.config, compute.dtype_bytes
-    native = compute.native_attention and attends_natively(config.num_attention_heads, config.num_key_value_heads)
+    native = compute.ops == "native" and attends_natively(config.num_attention_heads, config.num_key_value_heads)
     if native and compute.batch == 1:
         ledger.hold("attention", attended=tokens * config.num_attention_heads * config.head_dim * element)
         return
@@ -295,7 +334,7 @@ def _mlp_branch(ledger: _Ledger, compute: Compute, tokens: int) -> None:
         ledger.hold("swiglu", widened=2 * width * element)
         ledger.drop("gate and up")
         ledger.rename("widened", "gate and up")
-    ledger.hold("swiglu", silu=width * element)
+    ledger.hold("swiglu", silu=width * element if compute.ops != "triton" else 0)
     ledger.hold("swiglu", product=width * element)
     ledger.drop("silu", "gate and up")
     _linear(ledger, compute, "down_proj", tokens, "mlp branch", element=element)

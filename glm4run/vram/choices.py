@@ -157,9 +157,10 @@ def make_run(
     """The run of a choice on the fullest of its GPUs. `draft`: the model that drafts tokens, if one does."""
     config = _share_of(subject.config, choice)
     weights = _weights(subject, config, choice, device=device, dtype=dtype, backend=backend)
-    native = device == "cpu" and backend == "native"
+    native = backend == "native"
     is_packed_head = weights.kernels["lm_head"][0].scheme is not None  # then generate.py drafts from the context
-    compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch, native_attention=native)
+    ops = backend if backend in ("native", "triton") else "torch"
+    compute = weights.compute(config, dtype=dtype, device=device, batch=choice.batch, ops=ops)
     return Run(
         weights,
         compute,

@@ -61,8 +61,10 @@ class Target:
         return "fp32"
 
     def backend(self) -> str:
-        """The backend that `--backend auto` takes there."""
-        return "native" if self.device == "cpu" and _has_native_library() else "torch"
+        """The backend that `--backend auto` takes there. Triton's kernels need the bf16 of the tensor cores."""
+        if self.device == "cpu":
+            return "native" if _has_native_library() else "torch"
+        return "triton" if self.gpu is None or (self.gpu.is_supported and self.gpu.has_bf16) else "torch"
 
 
 def resolve_target(text: str) -> Target:

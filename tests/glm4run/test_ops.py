@@ -23,7 +23,7 @@ from glm4run.kv_rows import KVLayer, KVRows
 from glm4run.layer_stack import native_stack
 from glm4run.loading import load_weights
 from glm4run.model import Glm4Model
-from glm4run.ops import NativeOps, Ops, choose_ops, split_heads
+from glm4run.ops import NativeOps, Ops, TritonOps, choose_ops, split_heads
 from glm4run.rope import apply_rope
 from tests.builders import write_packed
 from tests.native_library import ISAS, each_isa, needs_library, running, same_bits
@@ -318,14 +318,30 @@ def test_attention_that_is_left_to_torch(change: str, no_native: None) -> None:
 
 
 def test_native_operations_are_chosen_with_the_backends_they_go_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {name: type(choose_ops(name)) for name in ("auto", "native", "torch", "reference")} == {
+    cpu = torch.device("cpu")
+    assert {name: type(choose_ops(name, cpu)) for name in ("auto", "native", "triton", "torch", "reference")} == {
         "auto": NativeOps,
         "native": NativeOps,
+        "triton": Ops,
         "torch": Ops,
         "reference": Ops,
     }
     monkeypatch.setattr(ops_module, "why_missing", lambda: "it was not built")
-    assert type(choose_ops("auto")) is Ops
+    assert type(choose_ops("auto", cpu)) is Ops
+
+
+def test_triton_operations_are_chosen_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(ops_module, "triton_missing", lambda device: None)
+    assert {name: type(choose_ops(name, cuda)) for name in ("auto", "triton", "torch", "bitsandbytes")} == {
+        "auto": TritonOps,
+        "triton": TritonOps,
+        "torch": Ops,
+        "bitsandbytes": Ops,
+    }
+    monkeypatch.setattr(ops_module, "triton_missing", lambda device: "triton is not installed")
+    assert type(choose_ops("auto", cuda)) is Ops
 
 
 # Whole models

@@ -6,15 +6,16 @@ does not import it: it says whether the others may be imported.
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from importlib.util import find_spec
 
 import torch
 
 LEAST_CAPABILITY = (8, 0)  # bf16 in the tensor cores, which every kernel counts on
+OVERLAPPING_CAPABILITY = (9, 0)
 
 
-@cache
+@functools.cache
 def why_missing(device: torch.device) -> str | None:
     """None if the kernels run on `device`, else the reason in one clause."""
     if device.type != "cuda":
@@ -25,6 +26,13 @@ def why_missing(device: torch.device) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(capability)}"
     return None
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """What a launch on `device` is given so that a kernel begins while the one before it ends (`jit/order.py`)."""
+    overlaps = device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAPPING_CAPABILITY
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
 
 
 def _dotted(capability: tuple[int, int]) -> str:

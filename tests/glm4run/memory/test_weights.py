@@ -165,6 +165,8 @@ def test_tensors_of_a_135m_model(
     for backend in BACKEND_NAMES:
         if backend in ("bitsandbytes", "quanto") or (backend == "native" and why_missing() is not None):
             continue  # theirs are other weights
+        if backend == "triton":
+            continue  # on a CPU there is nothing to load
         loaded = load_weights(tmp_path / "model", backend=backend, dtype="bf16", context_len=700)
         model = loaded.model
         packed = [m for name, m in model.named_modules() if isinstance(m, QuantizedLinear) and name != "lm_head"]

@@ -1,0 +1,220 @@
+"""Products with weights as they stand in the file, on CUDA: which kernel of `jit/linear.py` runs, and in what blocks.
+
+Few rows of x meet the weight in float32 (decoding lives from the memory's bandwidth), more of them in the tensor cores,
+and a chunk of a prompt meets tiles of the dense weight, which cuBLAS multiplies. Nothing here waits for the device or
+looks at what it computes, so that every call can be part of a CUDA graph.
+
+Bytes a product reads: N * K * b / 8 of values, N * G of scales; the dense weight is never whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm4run.kernels import LinearSpec
+from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, multiply_tiles
+from glm4run.qformat import WORD_BITS, PackedWeight
+
+MOST_FEW = 4  # rows of x that meet a weight in float32
+MOST_TILED = 128  # beyond, the weight is made dense a tile at a time
+TILE_BYTES = 64 << 20  # of a dense tile in x's dtype
+TILE_STEP = 2048  # rows; whole waves of cuBLAS's blocks where there is room for them
+MOST_TOGETHER = 3  # weights of one launch
+
+
+@dataclass(frozen=True)
+class Few:
+    """Blocks of `multiply_rows`: rows of the weight a program, words of each a step."""
+
+    rows: int
+    words: int = 128
+    warps: int = 4
+    unroll: int = 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of `multiply_tiles`: rows of x and of the weight a program, words of each a step."""
+
+    tokens: int
+    rows: int
+    words: int = 16
+    warps: int = 4
+    stages: int = 4
+
+
+# By rows of x, rounded up. Chosen by benchmarks/cuda_linear.py.
+FEW = {1: Few(8), 2: Few(8), 4: Few(4)}
+TILES = {16: Tiles(16, 32), 32: Tiles(32, 32), 64: Tiles(64, 64, stages=3)}
+FLOAT32_TILES = Tiles(16, 32, stages=2)
+DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
+
+
+@dataclass(frozen=True)
+class TritonWeight:
+    """The weight as it stands in the file, on the device."""
+
+    packed: Tensor  # int32 [N, W]
+    scale: Tensor  # [N, G]
+    zero_point: Tensor | None  # int32 [N * b / 32, G]
+    spec: LinearSpec
+    group_words: int  # words of a group
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.packed, self.scale, *(() if self.zero_point is None else (self.zero_point,)))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What weights of one launch have in common."""
+        return self.spec.scheme, self.scale.dtype, self.packed.shape[1]
+
+
+def prepack(weight: PackedWeight, spec: LinearSpec) -> TritonWeight:
+    """The weight for `multiply`; its tensors are kept."""
+    group = spec.scheme.group_size
+    group_words = (spec.in_features if group is None else group) * spec.scheme.bits // WORD_BITS
+    zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
+    return TritonWeight(weight.packed.contiguous(), weight.scale.contiguous(), zero_point, spec, group_words)
+
+
+def multiply(
+    x: Tensor,
+    weights: Sequence[TritonWeight],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """x [M, K] times each weight's transpose, plus its bias [N]: [M, N] each, in the dtype of x.
+
+    `outs`: where the results go, [M, N] with rows of consecutive elements; made where None.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    M = x.shape[0]
+    if outs is None:
+        outs = [torch.empty(M, weight.spec.out_features, dtype=x.dtype, device=x.device) for weight in weights]
+    if M == 0:
+        return list(outs)
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+        if M > MOST_TILED:
+            for weight, bias, out in zip(weights, biases, outs, strict=True):
+                _multiply_dense(x, weight, bias, out)
+            return list(outs)
+        if _run_together(weights, biases):
+            _launch(x, weights, biases, outs)
+            return list(outs)
+        for weight, bias, out in zip(weights, biases, outs, strict=True):
+            _launch(x, [weight], [bias], [out])
+    return list(outs)
+
+
+def _run_together(weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
+    same_form = all(weight.form == weights[0].form for weight in weights[1:])
+    same_bias = all((bias is None) == (biases[0] is None) for bias in biases[1:])
+    return len(weights) <= MOST_TOGETHER and same_form and same_bias
+
+
+def _launch(
+    x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
+) -> None:
+    """One launch for all weights. They share their form, and have all a bias or none."""
+    M, first = x.shape[0], weights[0]
+    few = FEW[_power_of_two(M)] if M <= MOST_FEW else None
+    tiles = None if few is not None else _tiles(M, x.dtype)
+    rows = few.rows if few is not None else tiles.rows if tiles is not None else 0
+    arguments: list[object] = [x]
+    ends, end = [], 0
+    for weight, bias, out in zip(weights, biases, outs, strict=True):
+        N = weight.spec.out_features
+        arguments += [weight.packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0)]
+        end += -(-N // rows)
+        ends.append(end)
+    arguments += [None] * (7 * (MOST_TOGETHER - len(weights)))
+    starts = [*ends[:-1], None, None][: MOST_TOGETHER - 1]  # of the second and the third weight
+    arguments += [x.stride(0), M, *starts]
+    form = {
+        "W": first.packed.shape[1],
+        "BITS": first.spec.scheme.bits,
+        "GROUP_WORDS": first.group_words,
+        "HAS_ZEROS": first.zero_point is not None,
+        "HAS_BIAS": biases[0] is not None,
+        "PARTS": len(weights),
+    }
+    if few is not None:
+        multiply_rows[(end,)](
+            *arguments,
+            **form,
+            MB=_power_of_two(M),
+            ROWS=few.rows,
+            BW=min(few.words, 1 << (first.packed.shape[1].bit_length() - 1)),  # no more than a row has
+            UNROLL=few.unroll,
+            num_warps=few.warps,
+        )
+    elif tiles is not None:
+        multiply_tiles[(end, -(-M // tiles.tokens))](
+            *arguments,
+            **form,
+            BM=tiles.tokens,
+            BN=tiles.rows,
+            BW=tiles.words,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _tiles(M: int, dtype: torch.dtype) -> Tiles:
+    if dtype == torch.float32:  # no tensor cores: these are its products one by one
+        return FLOAT32_TILES
+    return TILES[min(max(_power_of_two(M), 16), max(TILES))]
+
+
+def dense_tile_rows(out_features: int, in_features: int, element_bytes: int) -> int:
+    """Rows of the weight that are dense at once. `memory.kernels` mirrors it."""
+    fitting = TILE_BYTES // (in_features * element_bytes)
+    whole = fitting // TILE_STEP * TILE_STEP
+    return min(out_features, whole or max(fitting, 16))
+
+
+def _multiply_dense(x: Tensor, weight: TritonWeight, bias: Tensor | None, out: Tensor) -> None:
+    """One tile of the dense weight after the other, all in one scratch."""
+    N, K = weight.spec.out_features, weight.spec.in_features
+    tile_rows = dense_tile_rows(N, K, x.element_size())
+    scratch = torch.empty(tile_rows, K, dtype=x.dtype, device=x.device)
+    for first in range(0, N, tile_rows):
+        count = min(tile_rows, N - first)
+        _dequantize(weight, first, scratch[:count])
+        torch.mm(x, scratch[:count].t(), out=out[:, first : first + count])
+    if bias is not None:
+        out.add_(bias)
+
+
+def _dequantize(weight: TritonWeight, first: int, out: Tensor) -> None:
+    """Rows of the weight from `first` on, dense, to out [count, K]."""
+    count, W = out.shape[0], weight.packed.shape[1]
+    grid = (-(-W // DEQUANTIZE_WORDS), -(-count // DEQUANTIZE_ROWS))
+    dequantize_rows[grid](
+        weight.packed,
+        weight.scale,
+        weight.zero_point,
+        out,
+        first,
+        count,
+        W=W,
+        BITS=weight.spec.scheme.bits,
+        GROUP_WORDS=weight.group_words,
+        HAS_ZEROS=weight.zero_point is not None,
+        ROWS=DEQUANTIZE_ROWS,
+        BW=DEQUANTIZE_WORDS,
+        num_warps=DEQUANTIZE_WARPS,
+    )

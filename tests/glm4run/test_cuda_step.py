@@ -1,0 +1,147 @@
+"""The model over Triton's operations, and one token's step as it is captured, against torch's. Interpreted on a CPU."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from glm4run.config import parse_config
+from glm4run.kv_cache import KVCache
+from glm4run.kv_format import parse_kv_bits
+from glm4run.kv_rows import KVLayer
+from glm4run.memory import plan_weights, stored_tensors
+from glm4run.memory import workspace as workspace_module
+from glm4run.memory.workspace import forward_peak
+from glm4run.model import Glm4Model
+from glm4run.ops import Ops, TritonOps, Turns
+from tests.builders import Layout, hf_weights, raw_config
+from tests.tracing import MemoryTrace
+
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")]  # of masked lanes
+pytest.importorskip("triton", reason="triton is not installed")
+if torch.cuda.is_available():
+    pytest.skip("these are interpreted; test_on_cuda.py has what a GPU computes", allow_module_level=True)
+
+from glm4run.cuda_step import CudaStep
+from glm4run.kernels.triton import attention
+
+CPU = torch.device("cpu")
+IDS = [5, 77, 120, 3, 200, 41, 9, 9, 260, 18, 130, 6]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CLOSE = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 2e-5}
+CLOSE_KEPT = {"bf16": 5e-2, "fp16": 2e-2, "fp32": 2e-2}  # a value's rounding may fall the other way
+
+
+class Interpreted(CudaStep):
+    """The step without a graph: what a capture would record is run every time."""
+
+    def __init__(self, model: Glm4Model) -> None:
+        self.model, self.device = model, CPU
+        self.ids, self.position = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
+        self.inv_freq = model.rope.inv_freq.double()
+
+    def _run(self, layers: list[KVLayer]) -> Tensor:
+        return self._step(layers)
+
+
+class Collected(TritonOps):
+    """The interpreter's launches are cycles that hold their tensors; a GPU's do not."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _collected(super().rms_norm(x, weight, eps))
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return _collected(super().silu_mul(gate_up))
+
+    def attend_new(self, projected: list[Tensor], head_dim: int, rope: Turns, cache: KVLayer, start: int) -> Tensor:
+        return _collected(super().attend_new(projected, head_dim, rope, cache, start))
+
+
+def _collected(result: Tensor) -> Tensor:
+    gc.collect()
+    return result
+
+
+def model_of(layout: Layout, dtype: str, ops: Ops) -> Glm4Model:
+    raw = raw_config(layout)
+    model = Glm4Model(parse_config(raw), dtype=DTYPES[dtype], ops=ops)
+    model.load_state_dict(hf_weights(raw))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "norm" in name else DTYPES[dtype])
+    return model.eval().requires_grad_(False)
+
+
+def cache_of(model: Glm4Model, kept: str) -> KVCache:
+    return KVCache(model.config, 40, dtype=model.dtype, device=CPU, kv_format=parse_kv_bits(kept))
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("glm", "bf16"), ("glm4", "fp16"), ("glm4", "fp32")])
+def test_a_forward_over_tritons_operations_is_that_of_torchs(layout: Layout, dtype: str) -> None:
+    expected, found = (model_of(layout, dtype, ops) for ops in (Ops(), TritonOps()))
+    ids = torch.tensor(IDS)
+    for kept in ("16", "8:4"):
+        rows = [model(ids, cache_of(model, kept), logits="all") for model in (expected, found)]
+        limit = (CLOSE if kept == "16" else CLOSE_KEPT)[dtype]
+        torch.testing.assert_close(rows[1], rows[0], rtol=limit, atol=limit * float(rows[0].abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "kept"),
+    [("glm4", "bf16", "16"), ("glm", "bf16", "8:4"), ("glm4", "fp16", "8"), ("glm", "fp32", "16")],
+)
+def test_the_step_is_the_modules_forward(layout: Layout, dtype: str, kept: str) -> None:
+    model = model_of(layout, dtype, TritonOps())
+    caches = [cache_of(model, kept) for _ in range(2)]
+    for cache in caches:
+        model(torch.tensor(IDS[:4]), cache)
+    for token in IDS[4:7]:
+        model.step = None
+        expected = model(torch.tensor([token]), caches[0])
+        model.step = Interpreted(model)
+        found = model(torch.tensor([token]), caches[1])
+        limit = (CLOSE if kept == "16" else CLOSE_KEPT)[dtype]
+        torch.testing.assert_close(found, expected, rtol=limit, atol=limit * float(expected.abs().max()))
+    assert caches[0].position == caches[1].position == 7
+    with pytest.raises(ValueError, match="holds 40 tokens"):
+        caches[1].position = 40
+        model(torch.tensor([1]), caches[1])
+
+
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_heads_that_the_kernels_do_not_take_are_torchs(head_dim: int) -> None:
+    raw = raw_config("glm", head_dim=head_dim)
+    models = []
+    for ops in (Ops(), TritonOps()):
+        model = Glm4Model(parse_config(raw), ops=ops)
+        model.load_state_dict(hf_weights(raw))
+        models.append(model.eval())
+    with torch.no_grad():
+        rows = [model(torch.tensor(IDS), cache_of(model, "16"), logits="all") for model in models]
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept", "tokens"),
+    [("bf16", "16", 12), ("bf16", "8", 1), ("fp16", "16", 12), ("fp16", "8", 12), ("fp32", "8:16", 12)],
+)
+def test_the_plan_knows_the_tensors_of_a_forward(
+    dtype: str, kept: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace_module, "TRITON_PROGRAMS", 2 * attention._multiprocessors(CPU))
+    model = model_of("glm", dtype, Collected())
+    config = model.config
+    weights = plan_weights(config, stored_tensors(config, {}), {}, backend="dense", dtype=dtype, device="cuda")
+    compute = weights.compute(config, dtype=dtype, device="cuda", ops="triton")
+    cache = cache_of(model, kept)
+    cache.position = 40 - tokens
+    ids = torch.zeros(tokens, dtype=torch.long)
+    trace = MemoryTrace()
+    with torch.no_grad(), trace:
+        model(ids, cache)
+    planned = forward_peak(compute, tokens, 40, kv_format=parse_kv_bits(kept))
+    sampled = planned.tensors.get("sampling", 0)  # of a step that the trace does not see
+    assert trace.peak * 0.99 <= planned.bytes
+    assert planned.bytes - sampled <= 1.06 * trace.peak + 2048
