@@ -29,16 +29,14 @@ from glm4run.rope import apply_rope
 
 HEADS, KV_HEADS, D, ROTARY = 32, 2, 128, 64
 KINDS = ("16", "8", "4", "8:4")
-CHECKED = (*KINDS, "16:8", "4:16")
-DEPTHS = (1024, 8192, 32768, 131072)
+CHECKED = (("16", 1, 1500), ("8", 1, 1500), ("4", 1, 1500), ("16", 600, 300), ("8", 600, 300), ("4", 600, 300))
+DEPTHS = (64, 1024, 8192, 32768, 131072)
 LAYERS = 12
-DECODE_TILES = (
-    *(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 4), Tiles(16, 128, 4, 2), Tiles(16, 128, 8, 2)),
-    *(Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4)),
-)
+PREFILLED = ("16", "8")
+DECODE_TILES = tuple((kind, Tiles(16, *rest)) for kind in ("16", "8") for rest in ((32, 4, 4), (128, 4, 2), (64, 4, 4)))
 PREFILL_TILES = (
-    *(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 4)),
-    *(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
+    *(("16", tiles) for tiles in (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3))),
+    *(("8", tiles) for tiles in (Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2))),
 )
 RESULTS: dict[str, object] = {}
 
@@ -150,6 +148,7 @@ def exact(query: Tensor, layer: KVLayer, end: int) -> Tensor:
 
 
 def check(kind: str, tokens: int, start: int) -> None:
+    began = time.perf_counter()
     torch.manual_seed(tokens)
     end, formats, capacity = start + tokens, parse_kv_bits(kind), start + tokens + 77
     offset = torch.randn(KV_HEADS, D, device=device())
@@ -200,7 +199,7 @@ def check(kind: str, tokens: int, start: int) -> None:
     errors.append(float((attend(turned_query, layer, start).double().view_as(expected) - expected).abs().max() / size))
     verdict = "ok" if max(errors[:3]) < 0.01 and max(different) < 1e-3 else "WRONG"
     print(
-        f"{verdict} {kind:>4} T {tokens:5} start {start:6} rms error",
+        f"{time.perf_counter() - began:.1f} s {verdict} {kind:>4} T {tokens:5} start {start:6} rms error",
         " ".join(f"{e:.5f}" for e in errors),
         "bytes that differ",
         " ".join(f"{d:.1e}" for d in different),
@@ -218,7 +217,7 @@ def compile_cases() -> list[Callable[[], object]]:
         def run() -> None:
             layer = random_layer(kind, 512)
             start = torch.tensor([300], dtype=torch.int32, device=device())
-            attend(queries(1, layer), layer, start, splits=3, tiles=tiles)
+            attend(queries(1, layer), layer, start, tiles=tiles)
 
         return run
 
@@ -229,14 +228,12 @@ def compile_cases() -> list[Callable[[], object]]:
 
         return run
 
-    def checked(kind: str, tokens: int) -> Callable[[], object]:
-        return lambda: check(kind, tokens, 300)
+    def checked(kind: str, tokens: int, start: int) -> Callable[[], object]:
+        return lambda: check(kind, tokens, start)
 
-    cases: list[Callable[[], object]] = [decode(kind, None) for kind in KINDS] + [prefill(kind, None) for kind in KINDS]
-    cases += [checked(kind, tokens) for kind in CHECKED for tokens in (1, 5, 600)]
-    for kind in ("16", "8", "4"):
-        cases += [prefill(kind, tiles) for tiles in PREFILL_TILES] + [decode(kind, tiles) for tiles in DECODE_TILES]
-    return cases
+    cases = [prefill(kind, None) for kind in PREFILLED] + [prefill(kind, tiles) for kind, tiles in PREFILL_TILES]
+    cases += [decode(kind, None) for kind in KINDS] + [decode(kind, tiles) for kind, tiles in DECODE_TILES]
+    return cases + [checked(*case) for case in CHECKED]
 
 
 def compile_all() -> None:
@@ -250,7 +247,7 @@ def compile_all() -> None:
         )
         for i in range(count)
     ]
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 40
     for worker in workers:
         try:
             worker.wait(max(0.1, limit - time.monotonic()))
@@ -274,14 +271,6 @@ def time_decode(copy_rate: float) -> None:
                 RESULTS[f"decode {kind} {depth}"] = seconds
                 line.append(f"{depth:6}: {seconds * 1e6:6.1f} us {rate / 1e9:5.0f} {rate / copy_rate:4.0%}")
         print(f"{kind:>4} ", " | ".join(line), flush=True)
-    print("decode with splits, 32k, us:")
-    for kind in KINDS:
-        layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
-        line = []
-        for splits in (33, 66, 132, 198, 264):
-            with part_quiet(f"splits {kind} {splits}"):
-                line.append(f"{splits}: {decode_time(kind, layers, 32768, None, splits) * 1e6:.1f}")
-        print(f"{kind:>4} ", "  ".join(line), flush=True)
 
 
 @contextmanager
@@ -293,25 +282,33 @@ def part_quiet(name: str) -> Iterator[None]:
 
 
 def sweep_decode() -> None:
-    print("decode at 32k by tiles (rows, positions, warps, stages), us with 66 / 132 / 198 splits")
-    for kind in ("16", "8", "4"):
-        layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
-        for tiles in DECODE_TILES:
-            with part_quiet(f"{kind} {tiles}"):
-                times = [decode_time(kind, layers, 32768, tiles, splits) * 1e6 for splits in (66, 132, 198)]
-                shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
-                RESULTS[f"decode tiles {kind} {shape}"] = times
-                print(f"{kind:>4} {shape!s:18}", " ".join(f"{t:6.1f}" for t in times), flush=True)
+    for depth in (8192, 32768):
+        print(f"decode at {depth} by splits, us")
+        for kind in ("16", "8"):
+            layers = [random_layer(kind, depth + 64) for _ in range(LAYERS)]
+            line = []
+            for splits in (16, 32, 64, 96, 128):
+                with part_quiet(f"splits {kind} {splits}"):
+                    line.append(f"{splits}: {decode_time(kind, layers, depth, None, splits) * 1e6:.1f}")
+            print(f"{kind:>4} ", "  ".join(line), flush=True)
+    print("decode at 8k, 32k by tiles (rows, positions, warps, stages), us")
+    for kind, tiles in DECODE_TILES:
+        with part_quiet(f"{kind} {tiles}"):
+            layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
+            times = [decode_time(kind, layers, depth, tiles, None) * 1e6 for depth in (8192, 32768)]
+            shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
+            RESULTS[f"decode tiles {kind} {shape}"] = times
+            print(f"{kind:>4} {shape!s:18}", " ".join(f"{t:6.1f}" for t in times), flush=True)
 
 
 def time_prefill() -> None:
     print("prefill: ms a layer, TFLOP/s")
-    for tokens in (2048, 8192):
+    for tokens in (2048,):
         for start in (0, 32768):
             flops = prefill_flops(tokens, start)
-            for kind in KINDS:
+            for kind in PREFILLED:
                 with part_quiet(f"prefill {kind}"):
-                    layer = random_layer(kind, 32768 + 8192)
+                    layer = random_layer(kind, 32768 + 2048)
                     query = queries(tokens, layer)
                     seconds = timed(lambda q=query, c=layer, s=start: attend(q, c, s), 3)  # type: ignore[misc]
                     RESULTS[f"prefill {kind} {tokens} {start}"] = seconds
@@ -346,24 +343,22 @@ def time_prefill() -> None:
 
 
 def sweep_prefill() -> None:
-    print("prefill of 2048 at 32k by tiles (rows, positions, warps, stages): TFLOP/s at 16, 8, 4 bits")
+    print("prefill of 2048 at 32k by tiles (rows, positions, warps, stages): TFLOP/s")
     flops = prefill_flops(2048, 32768)
-    layers = {kind: random_layer(kind, 32768 + 2048) for kind in ("16", "8", "4")}
-    for tiles in PREFILL_TILES:
-        line = []
-        for kind, layer in layers.items():
-            with part_quiet(f"{kind} {tiles}"):
-                query = queries(2048, layer)
-                seconds = timed(lambda q=query, c=layer, t=tiles: attend(q, c, 32768, splits=1, tiles=t), 3)  # type: ignore[misc]
-                line.append(f"{kind}: {flops / seconds / 1e12:4.0f}")
-        print(f"  {(tiles.rows, tiles.positions, tiles.warps, tiles.stages)!s:18}", "  ".join(line), flush=True)
+    layers = {kind: random_layer(kind, 32768 + 2048) for kind in PREFILLED}
+    for kind, tiles in PREFILL_TILES:
+        with part_quiet(f"{kind} {tiles}"):
+            query, layer = queries(2048, layers[kind]), layers[kind]
+            seconds = timed(lambda q=query, c=layer, t=tiles: attend(q, c, 32768, splits=1, tiles=t), 3)  # type: ignore[misc]
+            shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
+            print(f"{kind:>4} {shape!s:18} {flops / seconds / 1e12:4.0f}", flush=True)
 
 
 def time_writing() -> None:
-    print("append / rope_append, us a layer, T = 1 (graph), 2048")
+    print("append / rope_append, us a layer")
     for kind in KINDS:
         line = []
-        for tokens in (1, 2048):
+        for tokens in (1,):
             with part_quiet(f"append {kind} {tokens}"):
                 layers = [random_layer(kind, 4096) for _ in range(LAYERS)]
                 start = torch.tensor([100], dtype=torch.int32, device=device())
@@ -406,20 +401,19 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     with part("compiling"):
         compile_all()
-    with part("checks"):
-        for kind in CHECKED:
-            for tokens, start in ((1, 0), (1, 4099), (5, 3000), (600, 2111)):
-                with part_quiet(f"check {kind} {tokens} {start}"):
-                    check(kind, tokens, start)
     copy_rate = measured_copy_rate()
     print(f"copy {copy_rate / 1e9:.0f} GB/s")
     RESULTS["copy bytes/s"] = copy_rate
     with part("decode"):
         time_decode(copy_rate)
-    with part("writing"):
-        time_writing()
     with part("prefill"):
         time_prefill()
+    with part("checks"):
+        for checked in CHECKED:
+            with part_quiet(f"check {checked}"):
+                check(*checked)
+    with part("writing"):
+        time_writing()
     if not options.no_sweep:
         with part("decode sweep"):
             sweep_decode()

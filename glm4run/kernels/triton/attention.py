@@ -14,12 +14,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.cache import Queries, code_pairs, hadamard, ready, rows_of
 from glm4run.kernels.triton.jit.attention import attend_rows, combine
 from glm4run.kv_format import group_of, tensor_widths
 from glm4run.kv_rows import KVLayer, KVRows
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
+MOST_SPLITS, FEWEST_SUMMED = 128, 16  # what is summed up at once
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def choose_splits(
 ) -> int:
     """Parts of the context that fill the device; no more than there are blocks of the `visible` positions."""
     programs = kv_heads * -(-tokens * (heads // kv_heads) // tiles.rows)
-    splits = max(1, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // programs)
+    splits = min(MOST_SPLITS, max(1, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // programs))
     return splits if visible is None else min(splits, -(-visible // tiles.positions))
 
 
@@ -140,11 +142,16 @@ def attend(
         **_scale_widths("VALUE", head_dim, values.bits),
         **shape,
         **blocks,
+        **overlap(device),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
     if split:
-        combine[(tokens * heads,)](
+        turned = values.scales is not None
+        most = max(FEWEST_SUMMED, 1 << (splits - 1).bit_length())
+        chunk = min(most, MOST_SPLITS, (1 << 14) // head_dim)
+        part = head_dim if turned or chunk < MOST_SPLITS else min(head_dim, 32)
+        combine[(tokens * heads, head_dim // part)](
             scratch,
             sums,
             out,
@@ -152,12 +159,14 @@ def attend(
             start,
             tokens,
             splits,
-            TURNED=values.scales is not None,
-            MOST=max(256, 1 << (splits - 1).bit_length()),
-            CHUNK=64 if head_dim <= 128 else 32,
+            TURNED=turned,
+            MOST=most,
+            CHUNK=chunk,
+            PART=part,
+            **overlap(device),
             **shape,
             **blocks,
-            num_warps=4,
+            num_warps=max(4, head_dim // 16) if turned else 4,
         )
     return out
 

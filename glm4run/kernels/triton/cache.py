@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit.cache import write_rows
 from glm4run.kv_format import CODES, group_of
 from glm4run.kv_rows import KVLayer, KVRows, turn
@@ -158,6 +159,7 @@ def _write(
         tokens,
         query_programs,
         write_programs,
+        **overlap(some.device),
         START_IS_POINTER=isinstance(start, Tensor),
         HEADS=max(heads, 1),
         KV_HEADS=kv_heads,

@@ -11,13 +11,19 @@ import triton
 import triton.language as tl
 
 from glm4run.kernels.triton.jit.cache import INTERPRETED, bound, narrowed, times
+from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
+
+FEW_BLOCKS = tl.constexpr(32)
 
 
 @triton.jit
 def _stretch(visible, split, splits, BLOCK_N: tl.constexpr):
-    """Positions of one split, and how many splits have any."""
+    """Positions of one split, and how many splits have any.
+
+    A split of one block costs more than it saves where there are many: what it found must be written and read again.
+    """
     blocks = tl.cdiv(visible, BLOCK_N)
-    used = tl.minimum(blocks, splits)
+    used = tl.minimum(tl.minimum(blocks, FEW_BLOCKS + blocks // 4), splits)
     return split * blocks // used * BLOCK_N, tl.minimum((split + 1) * blocks // used * BLOCK_N, visible), used
 
 
@@ -319,6 +325,7 @@ def attend_rows(
     partial,
     partial_sums,
     factor,
+    OVERLAPS: tl.constexpr,
     START_IS_POINTER: tl.constexpr,
     SPLIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -342,9 +349,11 @@ def attend_rows(
     [splits, T * H, D], and each row's maximum (of base 2) and weight to partial_sums float32 [2, splits, T * H].
     """
     HEADS: tl.constexpr = KV_HEADS * REPEAT
+    let_others_begin(OVERLAPS)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    wait_for_others(OVERLAPS)
     first_position = start
     if START_IS_POINTER:
         first_position = tl.load(start)
@@ -420,10 +429,21 @@ def combine(
     BLOCK_N: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """What the splits of `attend_rows` found, to one row of out a program. MOST: a power of two from `splits` on."""
+    """What the splits of `attend_rows` found, to PART values of a row of out a program; grid: rows, parts of D.
+
+    MOST: a power of two from `splits` on, of which CHUNK are read at once.
+    """
     HEADS: tl.constexpr = KV_HEADS * REPEAT
+    let_others_begin(OVERLAPS)
     row = tl.program_id(0)
+    d = tl.program_id(1) * PART + tl.arange(0, PART)
+    if TURNED:  # PART is D: a constant may be read before the sums are there
+        other = tl.arange(0, D)
+        signs = tl.load(hadamard + d[:, None] * D + other[None, :])
+    wait_for_others(OVERLAPS)
     token = row // HEADS
     first_position = start
     if START_IS_POINTER:
@@ -433,21 +453,23 @@ def combine(
     _, _, used = _stretch(visible, 0, splits, BLOCK_N)
     rows = tokens * HEADS
     split = tl.arange(0, MOST)
+    some = tl.arange(0, CHUNK)
+    at = some.to(tl.int64) * rows + row
+    found = tl.load(partial + at[:, None] * D + d[None, :], mask=(some < used)[:, None], other=0.0)
+    own_tops = tl.load(partial_sums + at, mask=some < used, other=float("-inf"))
     tops = tl.load(partial_sums + split.to(tl.int64) * rows + row, mask=split < used, other=float("-inf"))
     totals = tl.load(partial_sums + (splits + split).to(tl.int64) * rows + row, mask=split < used, other=0.0)
     top = tl.max(tops, axis=0)
     total = tl.sum(tl.exp2(tops - top) * totals, axis=0)
-    d = tl.arange(0, D)
-    acc = tl.zeros((CHUNK, D), tl.float32)
-    for first in range(0, bound(used), CHUNK):
-        some = first + tl.arange(0, CHUNK)
-        at = some.to(tl.int64) * rows + row
-        weight = tl.exp2(tl.load(partial_sums + at, mask=some < used, other=float("-inf")) - top)
-        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(some < used)[:, None], other=0.0)
-        acc += found * tl.where(some < used, weight, 0.0)[:, None]
+    acc = found * tl.where(some < used, tl.exp2(own_tops - top), 0.0)[:, None]
+    for first in range(CHUNK, bound(used), CHUNK):
+        more = first + tl.arange(0, CHUNK)
+        at = more.to(tl.int64) * rows + row
+        weight = tl.exp2(tl.load(partial_sums + at, mask=more < used, other=float("-inf")) - top)
+        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(more < used)[:, None], other=0.0)
+        acc += found * tl.where(more < used, weight, 0.0)[:, None]
     result = tl.sum(acc, axis=0) / total
     if TURNED:
-        other = tl.arange(0, D)
-        signs = tl.load(hadamard + d[:, None] * D + other[None, :]).to(tl.float32)
-        result = tl.sum(signs * result[:, None], axis=0) * NORM
+        result = tl.sum(signs.to(tl.float32) * result[:, None], axis=0) * NORM
+        d = other
     tl.store(out + row.to(tl.int64) * D + d, narrowed(result, out.dtype.element_ty))
