@@ -384,6 +384,32 @@ def time_writing() -> None:
         print(f"{kind:>4} ", "   ".join(line), flush=True)
 
 
+def time_host() -> None:
+    """What Python takes to launch, which a short prompt waits for."""
+    for kind in ("16", "8"):
+        layer, tokens = random_layer(kind, 256), 64
+        query, key, value = (
+            torch.randn(tokens, heads * D, device=device()).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        cos = torch.ones(tokens, ROTARY // 2, device=device())
+        out = torch.empty(tokens, HEADS * D, dtype=torch.bfloat16, device=device())
+        for _ in range(3):
+            asked = rope_append(query, key, value, cos, cos, layer, 64)
+            attend(asked, layer, 64, out=out)
+        torch.cuda.synchronize()
+        times = []
+        for call in (
+            lambda q=query, k=key, v=value, c=cos, kept=layer: rope_append(q, k, v, c, c, kept, 64),  # type: ignore[misc]
+            lambda q=asked, kept=layer, o=out: attend(q, kept, 64, out=o),  # type: ignore[misc]
+        ):
+            begin = time.perf_counter()
+            for _ in range(100):
+                call()
+            times.append((time.perf_counter() - begin) * 1e4)
+            torch.cuda.synchronize()
+        print(f"host, {kind} bits, 64 tokens: rope_append {times[0]:.1f} us, attend {times[1]:.1f} us", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", help="also write the timings, in seconds or as named, as JSON")
@@ -414,6 +440,8 @@ def main() -> None:
                 check(*checked)
     with part("writing"):
         time_writing()
+    with part("host"):
+        time_host()
     if not options.no_sweep:
         with part("decode sweep"):
             sweep_decode()

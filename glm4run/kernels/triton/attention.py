@@ -17,6 +17,7 @@ from torch import Tensor
 from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.cache import Queries, code_pairs, hadamard, ready, rows_of
 from glm4run.kernels.triton.jit.attention import attend_rows, combine
+from glm4run.kernels.triton.launch import launch
 from glm4run.kv_format import group_of, tensor_widths
 from glm4run.kv_rows import KVLayer, KVRows
 
@@ -112,37 +113,41 @@ def attend(
     signs = hadamard(head_dim, device) if values.scales is not None else out
     norm = 1 / math.sqrt(head_dim)
     shape = {"KV_HEADS": kv_heads, "REPEAT": repeat, "D": head_dim, "NORM": norm, "START_IS_POINTER": is_pointer}
-    blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.positions}
+    shape |= {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.positions, **overlap(device)}
     key_data, key_scales, key_rows = rows_of(keys)
     value_data, value_scales, value_rows = rows_of(values)
-    attend_rows[(-(-tokens * repeat // tiles.rows), kv_heads, splits)](
-        kept.rows,
-        kept.rows.stride(1),
-        kept.rows.stride(0),
-        kept.rows if kept.scales is None else kept.scales,
-        key_data,
-        key_scales,
-        key_rows,
-        value_data,
-        value_scales,
-        value_rows,
-        code_pairs(device) if 4 in (keys.bits, values.bits) else out,
-        signs,
-        start,
-        tokens,
-        splits,
-        out,
-        scratch,
-        sums,
-        norm * math.log2(math.e),
-        SPLIT=split,
-        KEY_BITS=keys.bits,
-        VALUE_BITS=values.bits,
-        **_scale_widths("KEY", head_dim, keys.bits),
-        **_scale_widths("VALUE", head_dim, values.bits),
-        **shape,
-        **blocks,
-        **overlap(device),
+    launch(
+        attend_rows,
+        (-(-tokens * repeat // tiles.rows), kv_heads, splits),
+        (
+            kept.rows,
+            kept.rows.stride(1),
+            kept.rows.stride(0),
+            kept.rows if kept.scales is None else kept.scales,
+            key_data,
+            key_scales,
+            key_rows,
+            value_data,
+            value_scales,
+            value_rows,
+            code_pairs(device) if 4 in (keys.bits, values.bits) else out,
+            signs,
+            start,
+            tokens,
+            splits,
+            out,
+            scratch,
+            sums,
+            norm * math.log2(math.e),
+        ),
+        {
+            "SPLIT": split,
+            "KEY_BITS": keys.bits,
+            "VALUE_BITS": values.bits,
+            **_scale_widths("KEY", head_dim, keys.bits),
+            **_scale_widths("VALUE", head_dim, values.bits),
+            **shape,
+        },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -151,21 +156,11 @@ def attend(
         most = max(FEWEST_SUMMED, 1 << (splits - 1).bit_length())
         chunk = min(most, MOST_SPLITS, (1 << 14) // head_dim)
         part = head_dim if turned or chunk < MOST_SPLITS else min(head_dim, 32)
-        combine[(tokens * heads, head_dim // part)](
-            scratch,
-            sums,
-            out,
-            signs,
-            start,
-            tokens,
-            splits,
-            TURNED=turned,
-            MOST=most,
-            CHUNK=chunk,
-            PART=part,
-            **overlap(device),
-            **shape,
-            **blocks,
+        launch(
+            combine,
+            (tokens * heads, head_dim // part),
+            (scratch, sums, out, signs, start, tokens, splits),
+            {"TURNED": turned, "MOST": most, "CHUNK": chunk, "PART": part, **shape},
             num_warps=max(4, head_dim // 16) if turned else 4,
         )
     return out

@@ -253,7 +253,7 @@ def _ask(
         tl.store(asked + at[:, None] + d[None, :], x, mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["start", "tokens"])
+@triton.jit(do_not_specialize=["start", "tokens", "query_programs", "key_programs"])
 def write_rows(
     query,
     query_token,
