@@ -29,15 +29,14 @@ from glm4run.rope import apply_rope
 
 HEADS, KV_HEADS, D, ROTARY = 32, 2, 128, 64
 KINDS = ("16", "8", "4", "8:4")
-DEPTHS = (1024, 8192, 32768, 131072)
+CHECKED = (("16", 1, 1500), ("8", 1, 1500), ("4", 1, 1500), ("16", 600, 300), ("8", 600, 300), ("4", 600, 300))
+DEPTHS = (64, 1024, 8192, 32768, 131072)
 LAYERS = 12
-DECODE_TILES = (
-    *(Tiles(16, 64, 4, 2), Tiles(16, 64, 4, 3), Tiles(16, 64, 4, 4), Tiles(16, 128, 4, 2), Tiles(16, 128, 8, 2)),
-    *(Tiles(16, 32, 4, 4), Tiles(16, 32, 2, 4), Tiles(16, 64, 2, 3)),
-)
+PREFILLED = ("16", "8")
+DECODE_TILES = tuple((kind, Tiles(16, *rest)) for kind in ("16", "8") for rest in ((32, 4, 4), (128, 4, 2), (64, 4, 4)))
 PREFILL_TILES = (
-    *(Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 3)),
-    *(Tiles(64, 64, 4, 2), Tiles(64, 128, 4, 2)),
+    *(("16", tiles) for tiles in (Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3))),
+    *(("8", tiles) for tiles in (Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2))),
 )
 RESULTS: dict[str, object] = {}
 
@@ -86,7 +85,7 @@ def queries(tokens: int, layer: KVLayer) -> Queries:
 def timed(run: Callable[[], object], repeats: int = 5) -> float:
     """Seconds, the median."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -104,6 +103,12 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def measured_copy_rate() -> float:
+    """Bytes read and written a second."""
+    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device=device()) for _ in range(2))
+    return 2 * source.numel() / timed(lambda: target.copy_(source))
 
 
 def token_bytes(kind: str) -> float:
@@ -138,10 +143,12 @@ def exact(query: Tensor, layer: KVLayer, end: int) -> Tensor:
     asked = query.double().unflatten(0, (KV_HEADS, -1))  # [KVH, R, T, D]
     scores = asked @ keys[:, None].transpose(-1, -2) / math.sqrt(D)
     scores.masked_fill_(torch.ones(tokens, end, device=device()).triu(end - tokens + 1).bool(), float("-inf"))
-    return (scores.softmax(-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
+    out: Tensor = (scores.softmax(-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
+    return out
 
 
 def check(kind: str, tokens: int, start: int) -> None:
+    began = time.perf_counter()
     torch.manual_seed(tokens)
     end, formats, capacity = start + tokens, parse_kv_bits(kind), start + tokens + 77
     offset = torch.randn(KV_HEADS, D, device=device())
@@ -168,16 +175,15 @@ def check(kind: str, tokens: int, start: int) -> None:
     cos, sin = angles.cos(), angles.sin()
 
     def heads_of(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, D)).transpose(0, 1)
+        heads: Tensor = x.unflatten(-1, (-1, D)).transpose(0, 1)
+        return heads
 
     turned_query = apply_rope(heads_of(query), cos, sin)[:, start:]
     wanted.keys.write(0, apply_rope(heads_of(key), cos, sin))
     wanted.values.write(0, heads_of(value))
     rope_append(query[:start].clone(), key[:start], value[:start], cos[:start], sin[:start], layer, 0)
     position = torch.tensor([start], dtype=torch.int32, device=device())
-    asked = rope_append(
-        query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position
-    )
+    asked = rope_append(query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position)
     different = [
         float((ours[:, :end] != theirs[:, :end]).float().mean())
         for ours, theirs in zip(layer.tensors().values(), wanted.tensors().values(), strict=True)
@@ -185,15 +191,15 @@ def check(kind: str, tokens: int, start: int) -> None:
     expected = exact(turned_query, wanted, end)
     size = expected.square().mean().sqrt()
     errors = []
-    for at, splits in ((start, None), (position, None), (start, 1), (position, 3)):
+    for at, splits in ((start, None), (position, None), (position, 3 if tokens > 16 else 1)):
         out = attend(asked, layer, at, splits=splits)
         again = attend(asked, layer, at, splits=splits)
         assert torch.equal(out, again), "not the same twice"
         errors.append(float((out.double().unflatten(-1, (HEADS, D)) - expected).square().mean().sqrt() / size))
     errors.append(float((attend(turned_query, layer, start).double().view_as(expected) - expected).abs().max() / size))
-    verdict = "ok" if max(errors[:4]) < 0.01 and max(different) < 1e-3 else "WRONG"
+    verdict = "ok" if max(errors[:3]) < 0.01 and max(different) < 1e-3 else "WRONG"
     print(
-        f"{verdict} {kind:>4} T {tokens:5} start {start:6} rms error",
+        f"{time.perf_counter() - began:.1f} s {verdict} {kind:>4} T {tokens:5} start {start:6} rms error",
         " ".join(f"{e:.5f}" for e in errors),
         "bytes that differ",
         " ".join(f"{d:.1e}" for d in different),
@@ -211,7 +217,7 @@ def compile_cases() -> list[Callable[[], object]]:
         def run() -> None:
             layer = random_layer(kind, 512)
             start = torch.tensor([300], dtype=torch.int32, device=device())
-            attend(queries(1, layer), layer, start, splits=3, tiles=tiles)
+            attend(queries(1, layer), layer, start, tiles=tiles)
 
         return run
 
@@ -222,14 +228,12 @@ def compile_cases() -> list[Callable[[], object]]:
 
         return run
 
-    def checked(kind: str, tokens: int) -> Callable[[], object]:
-        return lambda: check(kind, tokens, 300)
+    def checked(kind: str, tokens: int, start: int) -> Callable[[], object]:
+        return lambda: check(kind, tokens, start)
 
-    cases: list[Callable[[], object]] = [decode(kind, None) for kind in KINDS] + [prefill(kind, None) for kind in KINDS]
-    cases += [checked(kind, tokens) for kind in KINDS for tokens in (1, 5, 600)]
-    for kind in ("16", "8", "4"):
-        cases += [prefill(kind, tiles) for tiles in PREFILL_TILES] + [decode(kind, tiles) for tiles in DECODE_TILES]
-    return cases
+    cases = [prefill(kind, None) for kind in PREFILLED] + [prefill(kind, tiles) for kind, tiles in PREFILL_TILES]
+    cases += [decode(kind, None) for kind in KINDS] + [decode(kind, tiles) for kind, tiles in DECODE_TILES]
+    return cases + [checked(*case) for case in CHECKED]
 
 
 def compile_all() -> None:
@@ -243,7 +247,7 @@ def compile_all() -> None:
         )
         for i in range(count)
     ]
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 40
     for worker in workers:
         try:
             worker.wait(max(0.1, limit - time.monotonic()))
@@ -267,14 +271,6 @@ def time_decode(copy_rate: float) -> None:
                 RESULTS[f"decode {kind} {depth}"] = seconds
                 line.append(f"{depth:6}: {seconds * 1e6:6.1f} us {rate / 1e9:5.0f} {rate / copy_rate:4.0%}")
         print(f"{kind:>4} ", " | ".join(line), flush=True)
-    print("decode with splits, 32k, us:")
-    for kind in KINDS:
-        layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
-        line = []
-        for splits in (33, 66, 132, 198, 264):
-            with part_quiet(f"splits {kind} {splits}"):
-                line.append(f"{splits}: {decode_time(kind, layers, 32768, None, splits) * 1e6:.1f}")
-        print(f"{kind:>4} ", "  ".join(line), flush=True)
 
 
 @contextmanager
@@ -286,29 +282,39 @@ def part_quiet(name: str) -> Iterator[None]:
 
 
 def sweep_decode() -> None:
-    print("decode at 32k by tiles (rows, positions, warps, stages), us with 66 / 132 / 198 splits")
-    for kind in ("16", "8", "4"):
-        layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
-        for tiles in DECODE_TILES:
-            with part_quiet(f"{kind} {tiles}"):
-                times = [decode_time(kind, layers, 32768, tiles, splits) * 1e6 for splits in (66, 132, 198)]
-                shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
-                RESULTS[f"decode tiles {kind} {shape}"] = times
-                print(f"{kind:>4} {shape!s:18}", " ".join(f"{t:6.1f}" for t in times), flush=True)
+    for depth in (8192, 32768):
+        print(f"decode at {depth} by splits, us")
+        for kind in ("16", "8"):
+            layers = [random_layer(kind, depth + 64) for _ in range(LAYERS)]
+            line = []
+            for splits in (16, 32, 64, 96, 128):
+                with part_quiet(f"splits {kind} {splits}"):
+                    line.append(f"{splits}: {decode_time(kind, layers, depth, None, splits) * 1e6:.1f}")
+            print(f"{kind:>4} ", "  ".join(line), flush=True)
+    print("decode at 8k, 32k by tiles (rows, positions, warps, stages), us")
+    for kind, tiles in DECODE_TILES:
+        with part_quiet(f"{kind} {tiles}"):
+            layers = [random_layer(kind, 32768 + 64) for _ in range(LAYERS)]
+            times = [decode_time(kind, layers, depth, tiles, None) * 1e6 for depth in (8192, 32768)]
+            shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
+            RESULTS[f"decode tiles {kind} {shape}"] = times
+            print(f"{kind:>4} {shape!s:18}", " ".join(f"{t:6.1f}" for t in times), flush=True)
 
 
 def time_prefill() -> None:
     print("prefill: ms a layer, TFLOP/s")
-    for tokens in (2048, 8192):
+    for tokens in (2048,):
         for start in (0, 32768):
             flops = prefill_flops(tokens, start)
-            for kind in KINDS:
+            for kind in PREFILLED:
                 with part_quiet(f"prefill {kind}"):
-                    layer = random_layer(kind, 32768 + 8192)
+                    layer = random_layer(kind, 32768 + 2048)
                     query = queries(tokens, layer)
                     seconds = timed(lambda q=query, c=layer, s=start: attend(q, c, s), 3)  # type: ignore[misc]
                     RESULTS[f"prefill {kind} {tokens} {start}"] = seconds
-                    print(f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}")
+                    print(
+                        f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}"
+                    )
             with part_quiet("sdpa"):
                 q, k, v = (
                     torch.randn(1, HEADS, count, D, dtype=torch.bfloat16, device=device())
@@ -330,33 +336,36 @@ def time_prefill() -> None:
                         lambda q=q, k=k, v=v, b=bias: F.scaled_dot_product_attention(q, k, v, attn_mask=b),  # type: ignore[misc]
                         3,
                     )
-                print(f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}", flush=True)
+                print(
+                    f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}",
+                    flush=True,
+                )
 
 
 def sweep_prefill() -> None:
-    print("prefill of 2048 at 32k by tiles (rows, positions, warps, stages): TFLOP/s at 16, 8, 4 bits")
+    print("prefill of 2048 at 32k by tiles (rows, positions, warps, stages): TFLOP/s")
     flops = prefill_flops(2048, 32768)
-    layers = {kind: random_layer(kind, 32768 + 2048) for kind in ("16", "8", "4")}
-    for tiles in PREFILL_TILES:
-        line = []
-        for kind, layer in layers.items():
-            with part_quiet(f"{kind} {tiles}"):
-                query = queries(2048, layer)
-                seconds = timed(lambda q=query, c=layer, t=tiles: attend(q, c, 32768, splits=1, tiles=t), 3)  # type: ignore[misc]
-                line.append(f"{kind}: {flops / seconds / 1e12:4.0f}")
-        print(f"  {(tiles.rows, tiles.positions, tiles.warps, tiles.stages)!s:18}", "  ".join(line), flush=True)
+    layers = {kind: random_layer(kind, 32768 + 2048) for kind in PREFILLED}
+    for kind, tiles in PREFILL_TILES:
+        with part_quiet(f"{kind} {tiles}"):
+            query, layer = queries(2048, layers[kind]), layers[kind]
+            seconds = timed(lambda q=query, c=layer, t=tiles: attend(q, c, 32768, splits=1, tiles=t), 3)  # type: ignore[misc]
+            shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
+            print(f"{kind:>4} {shape!s:18} {flops / seconds / 1e12:4.0f}", flush=True)
 
 
 def time_writing() -> None:
-    print("append / rope_append, us a layer, T = 1 (graph), 2048")
+    print("append / rope_append, us a layer")
     for kind in KINDS:
         line = []
-        for tokens in (1, 2048):
+        for tokens in (1,):
             with part_quiet(f"append {kind} {tokens}"):
                 layers = [random_layer(kind, 4096) for _ in range(LAYERS)]
                 start = torch.tensor([100], dtype=torch.int32, device=device())
                 query = torch.randn(tokens, HEADS * D, device=device()).bfloat16()
-                out = torch.empty(HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device())
+                out = torch.empty(
+                    HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device()
+                )
                 key, value = (torch.randn(tokens, KV_HEADS * D, device=device()).bfloat16() for _ in range(2))
                 cos = torch.ones(tokens, ROTARY // 2, device=device())
                 heads = [x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (key, value)]
@@ -373,6 +382,32 @@ def time_writing() -> None:
                 RESULTS[f"write {kind} {tokens}"] = times
                 line.append(f"T {tokens}: {times[0]:.1f} / {times[1]:.1f}")
         print(f"{kind:>4} ", "   ".join(line), flush=True)
+
+
+def time_host() -> None:
+    """What Python takes to launch, which a short prompt waits for."""
+    for kind in ("16", "8"):
+        layer, tokens = random_layer(kind, 256), 64
+        query, key, value = (
+            torch.randn(tokens, heads * D, device=device()).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS)
+        )
+        cos = torch.ones(tokens, ROTARY // 2, device=device())
+        out = torch.empty(tokens, HEADS * D, dtype=torch.bfloat16, device=device())
+        for _ in range(3):
+            asked = rope_append(query, key, value, cos, cos, layer, 64)
+            attend(asked, layer, 64, out=out)
+        torch.cuda.synchronize()
+        times = []
+        for call in (
+            lambda q=query, k=key, v=value, c=cos, kept=layer: rope_append(q, k, v, c, c, kept, 64),  # type: ignore[misc]
+            lambda q=asked, kept=layer, o=out: attend(q, kept, 64, out=o),  # type: ignore[misc]
+        ):
+            begin = time.perf_counter()
+            for _ in range(100):
+                call()
+            times.append((time.perf_counter() - begin) * 1e4)
+            torch.cuda.synchronize()
+        print(f"host, {kind} bits, 64 tokens: rope_append {times[0]:.1f} us, attend {times[1]:.1f} us", flush=True)
 
 
 def main() -> None:
@@ -392,22 +427,21 @@ def main() -> None:
     print(torch.cuda.get_device_name(), torch.__version__)
     with part("compiling"):
         compile_all()
-    with part("checks"):
-        for kind in (*KINDS, "16:8", "4:16"):
-            for tokens, start in ((1, 0), (1, 4099), (5, 3000), (600, 2111)):
-                with part_quiet(f"check {kind} {tokens} {start}"):
-                    check(kind, tokens, start)
-    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device=device()) for _ in range(2))
-    copy_rate = 2 * source.numel() / timed(lambda: target.copy_(source))
-    del source, target
+    copy_rate = measured_copy_rate()
     print(f"copy {copy_rate / 1e9:.0f} GB/s")
     RESULTS["copy bytes/s"] = copy_rate
     with part("decode"):
         time_decode(copy_rate)
-    with part("writing"):
-        time_writing()
     with part("prefill"):
         time_prefill()
+    with part("checks"):
+        for checked in CHECKED:
+            with part_quiet(f"check {checked}"):
+                check(*checked)
+    with part("writing"):
+        time_writing()
+    with part("host"):
+        time_host()
     if not options.no_sweep:
         with part("decode sweep"):
             sweep_decode()

@@ -14,12 +14,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.cache import Queries, code_pairs, hadamard, ready, rows_of
 from glm4run.kernels.triton.jit.attention import attend_rows, combine
+from glm4run.kernels.triton.launch import launch
 from glm4run.kv_format import group_of, tensor_widths
 from glm4run.kv_rows import KVLayer, KVRows
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
+MOST_SPLITS, FEWEST_SUMMED = 128, 16  # what is summed up at once
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,12 @@ def choose_tiles(rows: int, head_dim: int, key_bits: int, value_bits: int, dtype
     block = min(max(16, 1 << (rows - 1).bit_length()), 128)
     if block < 64:
         return Tiles(block, 32 if wide else 64, 4, 3)
-    if wide or block < 128:
+    quantized = min(key_bits, value_bits) < 16
+    if wide:
+        return Tiles(64, 32, 8, 2)
+    if block < 128:
         return Tiles(64, 64, 4, 2)
-    return Tiles(128, 128 if min(key_bits, value_bits) == 16 else 64, 8, 3 if min(key_bits, value_bits) == 16 else 2)
+    return Tiles(128, 64, 8, 2) if quantized else Tiles(128, 128, 8, 3)
 
 
 def choose_splits(
@@ -50,7 +56,7 @@ def choose_splits(
 ) -> int:
     """Parts of the context that fill the device; no more than there are blocks of the `visible` positions."""
     programs = kv_heads * -(-tokens * (heads // kv_heads) // tiles.rows)
-    splits = max(1, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // programs)
+    splits = min(MOST_SPLITS, max(1, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(device) // programs))
     return splits if visible is None else min(splits, -(-visible // tiles.positions))
 
 
@@ -107,54 +113,55 @@ def attend(
     signs = hadamard(head_dim, device) if values.scales is not None else out
     norm = 1 / math.sqrt(head_dim)
     shape = {"KV_HEADS": kv_heads, "REPEAT": repeat, "D": head_dim, "NORM": norm, "START_IS_POINTER": is_pointer}
-    blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.positions}
+    shape |= {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.positions, **overlap(device)}
     key_data, key_scales, key_rows = rows_of(keys)
     value_data, value_scales, value_rows = rows_of(values)
-    attend_rows[(-(-tokens * repeat // tiles.rows), kv_heads, splits)](
-        kept.rows,
-        kept.rows.stride(1),
-        kept.rows.stride(0),
-        kept.rows if kept.scales is None else kept.scales,
-        key_data,
-        key_scales,
-        key_rows,
-        value_data,
-        value_scales,
-        value_rows,
-        code_pairs(device) if 4 in (keys.bits, values.bits) else out,
-        signs,
-        start,
-        tokens,
-        splits,
-        out,
-        scratch,
-        sums,
-        norm * math.log2(math.e),
-        SPLIT=split,
-        KEY_BITS=keys.bits,
-        VALUE_BITS=values.bits,
-        **_scale_widths("KEY", head_dim, keys.bits),
-        **_scale_widths("VALUE", head_dim, values.bits),
-        **shape,
-        **blocks,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    if split:
-        combine[(tokens * heads,)](
-            scratch,
-            sums,
-            out,
+    launch(
+        attend_rows,
+        (-(-tokens * repeat // tiles.rows), kv_heads, splits),
+        (
+            kept.rows,
+            kept.rows.stride(1),
+            kept.rows.stride(0),
+            kept.rows if kept.scales is None else kept.scales,
+            key_data,
+            key_scales,
+            key_rows,
+            value_data,
+            value_scales,
+            value_rows,
+            code_pairs(device) if 4 in (keys.bits, values.bits) else out,
             signs,
             start,
             tokens,
             splits,
-            TURNED=values.scales is not None,
-            MOST=max(256, 1 << (splits - 1).bit_length()),
-            CHUNK=64 if head_dim <= 128 else 32,
+            out,
+            scratch,
+            sums,
+            norm * math.log2(math.e),
+        ),
+        {
+            "SPLIT": split,
+            "KEY_BITS": keys.bits,
+            "VALUE_BITS": values.bits,
+            **_scale_widths("KEY", head_dim, keys.bits),
+            **_scale_widths("VALUE", head_dim, values.bits),
             **shape,
-            **blocks,
-            num_warps=4,
+        },
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if split:
+        turned = values.scales is not None
+        most = max(FEWEST_SUMMED, 1 << (splits - 1).bit_length())
+        chunk = min(most, MOST_SPLITS, (1 << 14) // head_dim)
+        part = head_dim if turned or chunk < MOST_SPLITS else min(head_dim, 32)
+        launch(
+            combine,
+            (tokens * heads, head_dim // part),
+            (scratch, sums, out, signs, start, tokens, splits),
+            {"TURNED": turned, "MOST": most, "CHUNK": chunk, "PART": part, **shape},
+            num_warps=max(4, head_dim // 16) if turned else 4,
         )
     return out
 

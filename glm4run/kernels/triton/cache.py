@@ -14,7 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit.cache import write_rows
+from glm4run.kernels.triton.launch import launch
 from glm4run.kv_format import CODES, group_of
 from glm4run.kv_rows import KVLayer, KVRows, turn
 
@@ -82,8 +84,8 @@ def rope_append(
         query_out: [H, T, D] with contiguous rows; float16 where keys are quantized, else of the queries' dtype
     """
     head_dim = layer.keys.head_dim
-    rows = (x.unflatten(-1, (-1, head_dim)).transpose(0, 1) for x in (query, key, value))
-    return _write(layer, start, *rows, (cos, sin), query_out)
+    asking, keys, values = (x.unflatten(-1, (-1, head_dim)).transpose(0, 1) for x in (query, key, value))
+    return _write(layer, start, asking, keys, values, (cos, sin), query_out)
 
 
 def ready(query: Tensor, layer: KVLayer) -> Queries:
@@ -129,51 +131,58 @@ def _write(
     asking = some if query is None else query
     cos, sin = (some, some) if turns is None else turns
     keys, values = layer.keys, layer.values
-    write_rows[(query_programs + 2 * write_programs,)](
-        asking,
-        asking.stride(1),
-        asking.stride(0),
-        asked,
-        asked.stride(1),
-        asked.stride(0),
-        some if scales is None else scales,
-        key,
-        key.stride(1),
-        key.stride(0),
-        value,
-        value.stride(1),
-        value.stride(0),
-        cos,
-        sin,
-        hadamard(head_dim, some.device) if turn_query and many else some,
-        code_table(some.device) if 4 in (keys.bits, values.bits) else some,
-        keys.data,
-        keys.data if keys.scales is None else keys.scales,
-        _capacity(keys.data),
-        some if keys.offset is None else keys.offset,
-        values.data,
-        values.data if values.scales is None else values.scales,
-        _capacity(values.data),
-        start,
-        tokens,
-        query_programs,
-        write_programs,
-        START_IS_POINTER=isinstance(start, Tensor),
-        HEADS=max(heads, 1),
-        KV_HEADS=kv_heads,
-        D=head_dim,
-        LOG_D=head_dim.bit_length() - 1,
-        NORM=1 / math.sqrt(head_dim),
-        ROTARY=0 if turns is None else 2 * cos.shape[-1],
-        KEY_BITS=keys.bits,
-        KEY_GROUP=group_of(8, head_dim),
-        HAS_OFFSET=keys.scales is not None and keys.offset is not None,
-        VALUE_BITS=values.bits,
-        VALUE_GROUP=group_of(8, head_dim),
-        TURN_QUERY=turn_query,
-        DOT=many,
-        QUERY_ROWS=query_rows,
-        ROWS=rows,
+    launch(
+        write_rows,
+        (query_programs + 2 * write_programs,),
+        (
+            asking,
+            asking.stride(1),
+            asking.stride(0),
+            asked,
+            asked.stride(1),
+            asked.stride(0),
+            some if scales is None else scales,
+            key,
+            key.stride(1),
+            key.stride(0),
+            value,
+            value.stride(1),
+            value.stride(0),
+            cos,
+            sin,
+            hadamard(head_dim, some.device) if turn_query and many else some,
+            code_table(some.device) if 4 in (keys.bits, values.bits) else some,
+            keys.data,
+            keys.data if keys.scales is None else keys.scales,
+            _capacity(keys.data),
+            some if keys.offset is None else keys.offset,
+            values.data,
+            values.data if values.scales is None else values.scales,
+            _capacity(values.data),
+            start,
+            tokens,
+            query_programs,
+            write_programs,
+        ),
+        {
+            **overlap(some.device),
+            "START_IS_POINTER": isinstance(start, Tensor),
+            "HEADS": max(heads, 1),
+            "KV_HEADS": kv_heads,
+            "D": head_dim,
+            "LOG_D": head_dim.bit_length() - 1,
+            "NORM": 1 / math.sqrt(head_dim),
+            "ROTARY": 0 if turns is None else 2 * cos.shape[-1],
+            "KEY_BITS": keys.bits,
+            "KEY_GROUP": group_of(8, head_dim),
+            "HAS_OFFSET": keys.scales is not None and keys.offset is not None,
+            "VALUE_BITS": values.bits,
+            "VALUE_GROUP": group_of(8, head_dim),
+            "TURN_QUERY": turn_query,
+            "DOT": many,
+            "QUERY_ROWS": query_rows,
+            "ROWS": rows,
+        },
         num_warps=warps,
         enable_fp_fusion=False,
     )
@@ -206,5 +215,8 @@ def code_table(device: torch.device) -> Tensor:
 
 @cache
 def code_pairs(device: torch.device) -> Tensor:
-    """Of each code the step in the low byte, the lowest level above it: int32 [64]."""
-    return torch.tensor([step | lowest << 8 for step, lowest in CODES], dtype=torch.int32).to(device)
+    """Of each code the step and, in the high half, the lowest level, as two float16, and as two bf16: int32 [2, 64]."""
+    pairs = torch.tensor(CODES, dtype=torch.float32)
+    return torch.stack([pairs.to(dtype).view(torch.int32)[:, 0] for dtype in (torch.float16, torch.bfloat16)]).to(
+        device
+    )

@@ -11,13 +11,19 @@ import triton
 import triton.language as tl
 
 from glm4run.kernels.triton.jit.cache import INTERPRETED, bound, narrowed, times
+from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
+
+FEW_BLOCKS = tl.constexpr(32)
 
 
 @triton.jit
 def _stretch(visible, split, splits, BLOCK_N: tl.constexpr):
-    """Positions of one split, and how many splits have any."""
+    """Positions of one split, and how many splits have any.
+
+    A split of one block costs more than it saves where there are many: what it found must be written and read again.
+    """
     blocks = tl.cdiv(visible, BLOCK_N)
-    used = tl.minimum(blocks, splits)
+    used = tl.minimum(tl.minimum(blocks, FEW_BLOCKS + blocks // 4), splits)
     return split * blocks // used * BLOCK_N, tl.minimum((split + 1) * blocks // used * BLOCK_N, visible), used
 
 
@@ -34,15 +40,34 @@ HALVES_OF_BYTES = tl.constexpr("""
 }
 """)
 
+# The same as bf16: 128 and the low seven bits, less 128, or 256 where the sign is set.
+BRAINS_OF_BYTES = tl.constexpr("""
+{
+    .reg .b32 pair, low, sign, minus;
+    mov.b32 minus, 0xBF80BF80;
+    prmt.b32 pair, $2, 0x43434343, 0x4140;
+    and.b32 low, pair, 0xFF7FFF7F;
+    and.b32 sign, pair, 0xFF80FF80;
+    fma.rn.bf16x2 $0, sign, minus, low;
+    prmt.b32 pair, $2, 0x43434343, 0x4342;
+    and.b32 low, pair, 0xFF7FFF7F;
+    and.b32 sign, pair, 0xFF80FF80;
+    fma.rn.bf16x2 $1, sign, minus, low;
+}
+""")
+
 
 @triton.jit
 def _integers(x, dtype: tl.constexpr):
     """Int8 to floats of 16 bits, which hold them exactly."""
     if INTERPRETED:
-        return x.to(tl.float32).to(dtype)
-    if dtype == tl.float16:
-        return tl.inline_asm_elementwise(HALVES_OF_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
-    return x.to(dtype)
+        y = x.to(tl.float32).to(dtype)
+    elif dtype == tl.float16:
+        y = tl.inline_asm_elementwise(HALVES_OF_BYTES, "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        # Not pure, so that it happens where whole rows lie in registers, four bytes together: a column's are apart.
+        y = tl.inline_asm_elementwise(BRAINS_OF_BYTES, "=r,=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=4)
+    return y
 
 
 @triton.jit
@@ -54,54 +79,125 @@ def _half(low, high):
 @triton.jit
 def _nibble(words, step, lowest, i: tl.constexpr):
     """lowest + step * u of the i-th nibble u: whole numbers, in float32."""
-    level = (((words >> (4 * i)) & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return level * step + lowest
+    return ((words >> (4 * i)) & 15).to(tl.float32) * step + lowest
+
+
+# Of a word of eight nibbles u, a code, and the table of steps and lowest levels of 16 bits, lowest + step * u, in pairs
+# of neighbours: behind the bits of 1024 (float16) or 128 (bf16) a nibble is that much more. The table is looked up in
+# here because a load of Triton's own would want another layout than the words have.
+PAIRS_OF_NIBBLES = tl.constexpr("""
+{
+    .reg .b64 at;
+    .reg .b32 odd, step, lowest, pair, one, less;
+    mad.wide.u32 at, $5, 4, $6;
+    ld.global.nc.b32 pair, [at];
+    shr.u32 odd, $4, 4;
+    prmt.b32 step, pair, 0, 0x1010;
+    prmt.b32 lowest, pair, 0, 0x3232;
+    mov.b32 one, ONE;
+    mov.b32 less, LESS;
+    prmt.b32 pair, $4, odd, 0x4400;
+    lop3.b32 pair, pair, 0x000F000F, BITS, 0xEA;
+    fma.rn.TYPE pair, pair, one, less;
+    fma.rn.TYPE $0, pair, step, lowest;
+    prmt.b32 pair, $4, odd, 0x5511;
+    lop3.b32 pair, pair, 0x000F000F, BITS, 0xEA;
+    fma.rn.TYPE pair, pair, one, less;
+    fma.rn.TYPE $1, pair, step, lowest;
+    prmt.b32 pair, $4, odd, 0x6622;
+    lop3.b32 pair, pair, 0x000F000F, BITS, 0xEA;
+    fma.rn.TYPE pair, pair, one, less;
+    fma.rn.TYPE $2, pair, step, lowest;
+    prmt.b32 pair, $4, odd, 0x7733;
+    lop3.b32 pair, pair, 0x000F000F, BITS, 0xEA;
+    fma.rn.TYPE pair, pair, one, less;
+    fma.rn.TYPE $3, pair, step, lowest;
+}
+""")
+HALVES_OF_NIBBLES = tl.constexpr(
+    PAIRS_OF_NIBBLES.value.replace("TYPE", "f16x2")
+    .replace("ONE", "0x3C003C00")
+    .replace("LESS", "0xE400E400")
+    .replace("BITS", "0x64006400")
+)
+BRAINS_OF_NIBBLES = tl.constexpr(
+    PAIRS_OF_NIBBLES.value.replace("TYPE", "bf16x2")
+    .replace("ONE", "0x3F803F80")
+    .replace("LESS", "0xC300C300")
+    .replace("BITS", "0x43004300")
+)
+
+
+@triton.jit
+def _codes_4(scales, begin, visible, N: tl.constexpr, D: tl.constexpr):
+    """Of rows of 4 bits the codes, four of 6 bits in an int32 [N, D / 32], and the scale [N]."""
+    GROUPS: tl.constexpr = D // 8
+    RUN: tl.constexpr = 4 if GROUPS >= 4 else GROUPS
+    RUNS: tl.constexpr = GROUPS // RUN
+    WIDTH: tl.constexpr = 2 + (6 * GROUPS + 7) // 8
+    at = begin + tl.arange(0, N)
+    if WIDTH % 2 == 0:
+        halves = scales.to(tl.pointer_type(tl.float16)) + at * (WIDTH // 2)
+        scale = tl.load(halves, mask=at < visible, other=0.0).to(tl.float32)
+    else:
+        row = scales + at * WIDTH
+        scale = _half(tl.load(row, mask=at < visible, other=0), tl.load(row + 1, mask=at < visible, other=0))
+    # As one run, so that neighbours of a row are a thread's, or its neighbours'.
+    run = tl.arange(0, N * RUNS)
+    at = begin + run // RUNS
+    place = scales + at * WIDTH + 2 + 3 * (run % RUNS)
+    packed = tl.load(place, mask=at < visible, other=0).to(tl.int32)
+    packed |= tl.load(place + 1, mask=at < visible, other=0).to(tl.int32) << 8
+    if RUN == 4:
+        packed |= tl.load(place + 2, mask=at < visible, other=0).to(tl.int32) << 16
+    return tl.reshape(packed, (N, RUNS)), scale
 
 
 @triton.jit
 def _rows_4(
-    data, scales, codes, at, valid, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr
+    data, packed, codes, at, valid, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, dtype: tl.constexpr
 ):
-    """Rows of 4 bits as whole numbers [N, D], and their scales [N]. data: words of a group of eight."""
+    """Rows of 4 bits as whole numbers [N, D]. data: words of a group of eight; packed: of `_codes_4`.
+
+    codes: int32 [2, 64], a code's step and lowest level, as two float16, and as two bf16.
+    """
     GROUPS: tl.constexpr = D // 8
-    RUN: tl.constexpr = 4 if GROUPS >= 4 else GROUPS
-    WIDTH: tl.constexpr = 2 + (6 * GROUPS + 7) // 8
-    group = tl.arange(0, GROUPS)
-    triple = tl.arange(0, GROUPS // RUN)
-    row = scales + at * WIDTH
-    place = row[:, None] + 2 + 3 * triple[None, :]
-    words_at = data + at[:, None] * GROUPS + group[None, :]
-    if MASKED:
-        words = tl.load(words_at, mask=valid[:, None], other=0)
-        scale = _half(tl.load(row, mask=valid, other=0), tl.load(row + 1, mask=valid, other=0))
-        packed = tl.load(place, mask=valid[:, None], other=0).to(tl.int32)
-        packed |= tl.load(place + 1, mask=valid[:, None], other=0).to(tl.int32) << 8
-        if RUN == 4:
-            packed |= tl.load(place + 2, mask=valid[:, None], other=0).to(tl.int32) << 16
-    else:
-        words = tl.load(words_at)
-        scale = _half(tl.load(row), tl.load(row + 1))
-        packed = tl.load(place).to(tl.int32) | (tl.load(place + 1).to(tl.int32) << 8)
-        if RUN == 4:
-            packed |= tl.load(place + 2).to(tl.int32) << 16
-    if RUN == 4:
+    words_at = data + at[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    words = tl.load(words_at, mask=valid[:, None], other=0) if MASKED else tl.load(words_at)
+    if GROUPS >= 4:
         code = tl.join(tl.join(packed & 63, (packed >> 12) & 63), tl.join((packed >> 6) & 63, (packed >> 18) & 63))
     else:
         code = tl.join(packed & 63, (packed >> 6) & 63)
-    pair = tl.load(codes + tl.reshape(code, (N, GROUPS)))  # step in the low byte, the lowest level above
-    step, lowest = (pair & 255).to(tl.float32), (pair >> 8).to(tl.float32)
-    # Joined so that value i of a group comes i-th.
-    x = tl.join(
-        tl.join(
+    code = tl.reshape(code, (N, GROUPS))
+    # What is joined comes so that value i of a group is the i-th.
+    if INTERPRETED:
+        pair = tl.load(codes + code)
+        step = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        lowest = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        even = tl.join(
             tl.join(_nibble(words, step, lowest, 0), _nibble(words, step, lowest, 4)),
             tl.join(_nibble(words, step, lowest, 2), _nibble(words, step, lowest, 6)),
-        ),
-        tl.join(
+        )
+        odd = tl.join(
             tl.join(_nibble(words, step, lowest, 1), _nibble(words, step, lowest, 5)),
             tl.join(_nibble(words, step, lowest, 3), _nibble(words, step, lowest, 7)),
-        ),
-    )
-    return tl.reshape(x, (N, D)).to(dtype), scale
+        )
+        x = tl.reshape(tl.join(even, odd), (N, D)).to(dtype)
+    else:
+        if dtype == tl.float16:
+            first, second, third, fourth = tl.inline_asm_elementwise(
+                HALVES_OF_NIBBLES, "=r,=r,=r,=r,r,r,l", [words, code, codes.to(tl.int64)],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            first, second, third, fourth = tl.inline_asm_elementwise(
+                BRAINS_OF_NIBBLES, "=r,=r,=r,=r,r,r,l", [words, code, (codes + 64).to(tl.int64)],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            )  # fmt: skip
+        pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
+        bits = tl.join((pairs & 0xFFFF).to(tl.uint16), ((pairs >> 16) & 0xFFFF).to(tl.uint16))
+        x = tl.reshape(bits, (N, D)).to(dtype, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -165,6 +261,10 @@ def _blocks(
 
     top: the largest score so far, to be multiplied by `factor` as every score.
     """
+    if KEY_BITS == 4:  # a block ahead: nothing that is so narrow goes through shared memory by itself
+        key_codes, key_scale = _codes_4(key_scales, first, visible, BLOCK_N, D)
+    if VALUE_BITS == 4:
+        value_codes, value_scale = _codes_4(value_scales, first, visible, BLOCK_N, D)
     for begin in tl.range(bound(first), bound(last), BLOCK_N):
         at = begin + tl.arange(0, BLOCK_N)
         valid = at < visible
@@ -175,7 +275,9 @@ def _blocks(
             if KEY_BITS == 8:
                 k, scale = _rows_8(keys, key_scales, at, valid, BLOCK_N, D, KEY_GROUPS, MASKED, tl.float16)
             else:
-                k, scale = _rows_4(keys, key_scales, codes, at, valid, BLOCK_N, D, MASKED, tl.float16)
+                scale = key_scale
+                k = _rows_4(keys, key_codes, codes, at, valid, BLOCK_N, D, MASKED, tl.float16)
+                key_codes, key_scale = _codes_4(key_scales, begin + BLOCK_N, visible, BLOCK_N, D)
             scores = times(q, tl.trans(k), empty) * scale[None, :]
         if MASKED:
             scores = tl.where(at[None, :] <= limit[:, None], scores, float("-inf"))
@@ -193,7 +295,9 @@ def _blocks(
             if VALUE_BITS == 8:
                 v, scale = _rows_8(values, value_scales, at, valid, BLOCK_N, D, VALUE_GROUPS, MASKED, tl.bfloat16)
             else:
-                v, scale = _rows_4(values, value_scales, codes, at, valid, BLOCK_N, D, MASKED, tl.bfloat16)
+                scale = value_scale
+                v = _rows_4(values, value_codes, codes, at, valid, BLOCK_N, D, MASKED, tl.bfloat16)
+                value_codes, value_scale = _codes_4(value_scales, begin + BLOCK_N, visible, BLOCK_N, D)
             weights = weights * scale[None, :]
         acc = times(narrowed(weights, v.dtype), v, acc)
         top = new_top
@@ -221,6 +325,7 @@ def attend_rows(
     partial,
     partial_sums,
     factor,
+    OVERLAPS: tl.constexpr,
     START_IS_POINTER: tl.constexpr,
     SPLIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -244,9 +349,11 @@ def attend_rows(
     [splits, T * H, D], and each row's maximum (of base 2) and weight to partial_sums float32 [2, splits, T * H].
     """
     HEADS: tl.constexpr = KV_HEADS * REPEAT
+    let_others_begin(OVERLAPS)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    wait_for_others(OVERLAPS)
     first_position = start
     if START_IS_POINTER:
         first_position = tl.load(start)
@@ -322,34 +429,47 @@ def combine(
     BLOCK_N: tl.constexpr,
     MOST: tl.constexpr,
     CHUNK: tl.constexpr,
+    PART: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """What the splits of `attend_rows` found, to one row of out a program. MOST: a power of two from `splits` on."""
+    """What the splits of `attend_rows` found, to PART values of a row of out a program; grid: rows, parts of D.
+
+    MOST: a power of two from `splits` on, of which CHUNK are read at once.
+    """
     HEADS: tl.constexpr = KV_HEADS * REPEAT
+    let_others_begin(OVERLAPS)
     row = tl.program_id(0)
+    d = tl.program_id(1) * PART + tl.arange(0, PART)
+    if TURNED:  # PART is D: a constant may be read before the sums are there
+        other = tl.arange(0, D)
+        signs = tl.load(hadamard + d[:, None] * D + other[None, :])
+    wait_for_others(OVERLAPS)
     token = row // HEADS
     first_position = start
     if START_IS_POINTER:
         first_position = tl.load(start)
     block = (token * REPEAT + row % REPEAT) // BLOCK_M
     visible = first_position + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // REPEAT + 1, tokens)
-    begin, end, used = _stretch(visible, 0, splits, BLOCK_N)
+    _, _, used = _stretch(visible, 0, splits, BLOCK_N)
     rows = tokens * HEADS
     split = tl.arange(0, MOST)
+    some = tl.arange(0, CHUNK)
+    at = some.to(tl.int64) * rows + row
+    found = tl.load(partial + at[:, None] * D + d[None, :], mask=(some < used)[:, None], other=0.0)
+    own_tops = tl.load(partial_sums + at, mask=some < used, other=float("-inf"))
     tops = tl.load(partial_sums + split.to(tl.int64) * rows + row, mask=split < used, other=float("-inf"))
     totals = tl.load(partial_sums + (splits + split).to(tl.int64) * rows + row, mask=split < used, other=0.0)
     top = tl.max(tops, axis=0)
     total = tl.sum(tl.exp2(tops - top) * totals, axis=0)
-    d = tl.arange(0, D)
-    acc = tl.zeros((CHUNK, D), tl.float32)
-    for first in range(0, bound(used), CHUNK):
-        some = first + tl.arange(0, CHUNK)
-        at = some.to(tl.int64) * rows + row
-        weight = tl.exp2(tl.load(partial_sums + at, mask=some < used, other=float("-inf")) - top)
-        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(some < used)[:, None], other=0.0)
-        acc += found * tl.where(some < used, weight, 0.0)[:, None]
+    acc = found * tl.where(some < used, tl.exp2(own_tops - top), 0.0)[:, None]
+    for first in range(CHUNK, bound(used), CHUNK):
+        more = first + tl.arange(0, CHUNK)
+        at = more.to(tl.int64) * rows + row
+        weight = tl.exp2(tl.load(partial_sums + at, mask=more < used, other=float("-inf")) - top)
+        found = tl.load(partial + at[:, None] * D + d[None, :], mask=(more < used)[:, None], other=0.0)
+        acc += found * tl.where(more < used, weight, 0.0)[:, None]
     result = tl.sum(acc, axis=0) / total
     if TURNED:
-        other = tl.arange(0, D)
-        signs = tl.load(hadamard + d[:, None] * D + other[None, :]).to(tl.float32)
-        result = tl.sum(signs * result[:, None], axis=0) * NORM
+        result = tl.sum(signs.to(tl.float32) * result[:, None], axis=0) * NORM
+        d = other
     tl.store(out + row.to(tl.int64) * D + d, narrowed(result, out.dtype.element_ty))

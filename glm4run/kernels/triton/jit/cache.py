@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
+
 # The interpreter holds bf16 as integers: it can load, store and widen them, but neither multiply nor round them.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off again it rounds to the nearest even whole number
@@ -68,7 +70,7 @@ def roped(x, cos, sin, token, row_mask, N: tl.constexpr, D: tl.constexpr, ROTARY
 
 @triton.jit
 def _inverse(scale):
-    return tl.where(scale == 0.0, 0.0, 1.0 / scale)
+    return tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, scale))  # a plain quotient is not rounded to nearest
 
 
 @triton.jit
@@ -251,7 +253,7 @@ def _ask(
         tl.store(asked + at[:, None] + d[None, :], x, mask=mask[:, None])
 
 
-@triton.jit(do_not_specialize=["start", "tokens"])
+@triton.jit(do_not_specialize=["start", "tokens", "query_programs", "key_programs"])
 def write_rows(
     query,
     query_token,
@@ -281,6 +283,7 @@ def write_rows(
     tokens,
     query_programs,
     key_programs,
+    OVERLAPS: tl.constexpr,
     START_IS_POINTER: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -303,6 +306,8 @@ def write_rows(
     The first `query_programs` take QUERY_ROWS queries each, ordered by token and head; the next `key_programs` take
     ROWS keys each, the rest values. `key_rows`, `value_rows`: rows of a head in the cache.
     """
+    let_others_begin(OVERLAPS)
+    wait_for_others(OVERLAPS)
     program = tl.program_id(0)
     if program < query_programs:
         _ask(
