@@ -287,26 +287,29 @@ def multiply_tiles(
     x_at = x + tl.minimum(tokens, M - 1)[:, None] * x_stride + ks[None, :]
     word_at = packed + (rows * W)[:, None] + columns[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
+    ONE_GROUP: tl.constexpr = GROUP_WORDS % BW == 0  # all of a step is of one group: the sum is scaled
+    scale_at = scales + rows * G if ONE_GROUP else scales + (rows * G)[:, None]
+    first = 0 if ONE_GROUP else tl.minimum(columns, W - 1)[None, :] // GROUP_WORDS
+    next_scale = tl.load(scale_at + first)
     for start in range(0, W, BW):
         here = (start + columns)[None, :]
         xs = tl.load(x_at + start * VALUES, mask=(start * VALUES + ks)[None, :] < W * VALUES, other=0.0)
         word = tl.load(word_at + start, mask=here < W, other=0)
-        if GROUP_WORDS % BW == 0:  # all of one group: the sum is scaled
-            scale = tl.load(scales + rows * G + start // GROUP_WORDS).to(tl.float32)
-            zero = tl.full((BN,), 1 << (BITS - 1), tl.float32)
+        scale = next_scale.to(tl.float32)
+        if ONE_GROUP:
+            zero = tl.full((BN, 1), 1 << (BITS - 1), tl.float32)
             if HAS_ZEROS:
-                zero = _zero_point(zeros, rows, start // GROUP_WORDS, G, BITS)
+                zero = _zero_point(zeros, rows, start // GROUP_WORDS, G, BITS)[:, None]
             step = 1.0
-            zero = zero[:, None]
+            next_scale = tl.load(scale_at + tl.minimum(start + BW, W - 1) // GROUP_WORDS)
         else:
-            group = tl.minimum(here, W - 1) // GROUP_WORDS
-            step = tl.load(scales + (rows * G)[:, None] + group).to(tl.float32)
             zero = tl.full((BN, BW), 1 << (BITS - 1), tl.float32)
             if HAS_ZEROS:
-                zero = _zero_point(zeros, rows[:, None], group, G, BITS)
-            scale = step
+                zero = _zero_point(zeros, rows[:, None], tl.minimum(here, W - 1) // GROUP_WORDS, G, BITS)
+            step = scale
+            next_scale = tl.load(scale_at + tl.minimum(here + BW, W - 1) // GROUP_WORDS)
         part = acc
-        if GROUP_WORDS % BW == 0:
+        if ONE_GROUP:
             part = tl.zeros_like(acc)
         upper = word >> 8
         if BITS == 4:
@@ -333,7 +336,7 @@ def multiply_tiles(
             part = _meet(word, 0xFF00, 8, zero, step, x1, part, DTYPE)
             part = _meet(word, 0xFF0000, 16, zero, step, x2, part, DTYPE)
             part = _meet(upper, 0xFF0000, 16, zero, step, x3, part, DTYPE)
-        if GROUP_WORDS % BW == 0:
+        if ONE_GROUP:
             acc += part * scale[None, :]
         else:
             acc = part
