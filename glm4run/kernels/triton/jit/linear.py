@@ -86,7 +86,11 @@ def _own_weight(
     return program, packed, scales, zeros, bias, out, N, out_stride
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["packed0", "packed1", "packed2"])
+# Sizes are never made constants: a size of 1 would be one, and the weights of a launch differ in theirs.
+SIZES = ["N0", "N1", "N2", "stride0", "stride1", "stride2", "M", "end0", "end1"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["packed0", "packed1", "packed2"])
 def multiply_rows(
     x,  # [M, K], rows x_stride apart
     packed0,  # int32 [N, W]
@@ -227,7 +231,7 @@ def _meet(word, mask: tl.constexpr, p: tl.constexpr, zero, step, x, acc, DTYPE: 
     return tl.dot(x, tl.trans(dense), acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=SIZES)
 def multiply_tiles(
     x,
     packed0,
