@@ -39,11 +39,11 @@ class Few:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Blocks of `multiply_tiles`: rows of x and of the weight a program, words of each a step."""
+    """Blocks of `multiply_tiles`: rows of x and of the weight a program, packed bytes of each a step (64 or 128)."""
 
     tokens: int
     rows: int
-    words: int = 16
+    bytes: int = 64
     warps: int = 4
     stages: int = 4
 
@@ -133,7 +133,8 @@ def _launch(
     ends, end = [], 0
     for weight, bias, out in zip(weights, biases, outs, strict=True):
         N = weight.spec.out_features
-        arguments += [weight.packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0)]
+        packed = weight.packed if few is not None else weight.packed.view(torch.uint8)
+        arguments += [packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0)]
         end += -(-N // rows)
         ends.append(end)
     arguments += [None] * (7 * (MOST_TOGETHER - len(weights)))
@@ -163,7 +164,7 @@ def _launch(
             **form,
             BM=tiles.tokens,
             BN=tiles.rows,
-            BW=tiles.words,
+            BYTES=tiles.bytes,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )

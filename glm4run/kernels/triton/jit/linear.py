@@ -213,22 +213,27 @@ def multiply_rows(
 
 
 @triton.jit
-def _meet(word, mask: tl.constexpr, p: tl.constexpr, zero, step, x, acc, DTYPE: tl.constexpr):
-    """Adds the products of values u [BN, BW] at bit p with x [BM, BW]; (u - zero) * step is rounded to DTYPE.
+def _meet(byte, mask: tl.constexpr, p: tl.constexpr, zero, x, acc, DTYPE: tl.constexpr):
+    """Adds the products of the values u [BN, BB] under the mask, at bit p, with x [BM, BB]: of u - zero, exact.
 
     In bf16, which has float32's range, the power of two that is left goes to x and saves an instruction a weight.
-    Everything here is a function of loads and constants: so the compiler loads words as the tensor cores want their
+    Everything here is a function of loads and constants: so the compiler loads bytes as the tensor cores want their
     operands, and no weight goes through shared memory a second time.
     """
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        values = _bits(word, mask) * 2.0**127 - zero * 2.0 ** (p - 22)
+        values = (_bits(byte, mask) * 2.0**127 - zero * 2.0 ** (p - 22)).to(DTYPE)
         x = (x.to(tl.float32) * 2.0 ** (22 - p)).to(DTYPE)
     else:
-        values = _bits(word, mask) * 2.0**100 * 2.0 ** (49 - p) - zero
-    dense = (values * step).to(DTYPE)
+        values = (_bits(byte, mask) * 2.0**100 * 2.0 ** (49 - p) - zero).to(DTYPE)
     if WIDENS:
-        x, dense = x.to(tl.float32), dense.to(tl.float32)
-    return tl.dot(x, tl.trans(dense), acc, input_precision="ieee")
+        x, values = x.to(tl.float32), values.to(tl.float32)
+    return tl.dot(x, tl.trans(values), acc, input_precision="ieee")
+
+
+@triton.jit
+def _scales_ahead(scale_at, byte, WB: tl.constexpr, GROUP_BYTES: tl.constexpr):
+    """Scales of the group that a byte of the row is of, or of the last where it is past the row."""
+    return tl.load(scale_at + tl.minimum(byte, WB - 1) // GROUP_BYTES)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -267,12 +272,12 @@ def multiply_tiles(
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BW: tl.constexpr,
+    BYTES: tl.constexpr,
 ):
     """More rows of x by up to three weights: a program has BM rows of x and BN of one weight.
 
-    Weights become x's dtype in registers, scaled and rounded once, and meet x in the tensor cores; sums are float32.
-    Arguments as of `multiply_rows`.
+    The values less their zero point are exact in x's dtype, and meet x in the tensor cores. A group's sum is scaled in
+    float32. Arguments as of `multiply_rows`, but `packed` as bytes; BYTES are those of a row and step.
     """
     program, packed, scales, zeros, bias, out, N, out_stride = _own_weight(
         packed0, scales0, zeros0, bias0, out0, N0, stride0,
@@ -280,70 +285,51 @@ def multiply_tiles(
         packed2, scales2, zeros2, bias2, out2, N2, stride2,
         end0, end1, HAS_ZEROS, HAS_BIAS, PARTS,
     )  # fmt: skip
+    VALUES: tl.constexpr = 8 // BITS  # in a byte
+    WB: tl.constexpr = 4 * W
+    GROUP_BYTES: tl.constexpr = 4 * GROUP_WORDS
+    BB: tl.constexpr = BYTES if GROUP_BYTES % BYTES == 0 or GROUP_WORDS == W else GROUP_BYTES  # of one group
+    INNER: tl.constexpr = BYTES // BB
     G: tl.constexpr = W // GROUP_WORDS
-    VALUES: tl.constexpr = 32 // BITS
     DTYPE: tl.constexpr = x.dtype.element_ty
     all_rows = program * BN + tl.arange(0, BN)
     rows = tl.minimum(all_rows, N - 1)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    columns = tl.arange(0, BW)
-    ks = tl.arange(0, BW * VALUES)
+    columns = tl.arange(0, BB)
+    ks = tl.arange(0, BB * VALUES)
     x_at = x + tl.minimum(tokens, M - 1)[:, None] * x_stride + ks[None, :]
-    word_at = packed + (rows * W)[:, None] + columns[None, :]
+    byte_at = packed + (rows * WB)[:, None] + columns[None, :]
+    scale_at = scales + rows * G
+    # Scales come a step ahead: nothing waits for them. At most four groups are in a step.
+    ahead0 = _scales_ahead(scale_at, 0, WB, GROUP_BYTES)
+    ahead1 = _scales_ahead(scale_at, BB, WB, GROUP_BYTES)
+    ahead2 = _scales_ahead(scale_at, 2 * BB, WB, GROUP_BYTES)
+    ahead3 = _scales_ahead(scale_at, 3 * BB, WB, GROUP_BYTES)
     acc = tl.zeros((BM, BN), tl.float32)
-    ONE_GROUP: tl.constexpr = GROUP_WORDS % BW == 0  # all of a step is of one group: the sum is scaled
-    scale_at = scales + rows * G if ONE_GROUP else scales + (rows * G)[:, None]
-    first = 0 if ONE_GROUP else tl.minimum(columns, W - 1)[None, :] // GROUP_WORDS
-    next_scale = tl.load(scale_at + first)
-    for start in range(0, W, BW):
-        here = (start + columns)[None, :]
-        xs = tl.load(x_at + start * VALUES, mask=(start * VALUES + ks)[None, :] < W * VALUES, other=0.0)
-        word = tl.load(word_at + start, mask=here < W, other=0)
-        scale = next_scale.to(tl.float32)
-        if ONE_GROUP:
-            zero = tl.full((BN, 1), 1 << (BITS - 1), tl.float32)
+    for step in range(0, WB, BYTES):
+        scale0, scale1, scale2, scale3 = ahead0, ahead1, ahead2, ahead3
+        ahead0 = _scales_ahead(scale_at, step + BYTES, WB, GROUP_BYTES)
+        if INNER > 1:
+            ahead1 = _scales_ahead(scale_at, step + BYTES + BB, WB, GROUP_BYTES)
+        if INNER > 2:
+            ahead2 = _scales_ahead(scale_at, step + BYTES + 2 * BB, WB, GROUP_BYTES)
+            ahead3 = _scales_ahead(scale_at, step + BYTES + 3 * BB, WB, GROUP_BYTES)
+        for inner in tl.static_range(INNER):
+            start = step + inner * BB
+            xs = tl.load(x_at + start * VALUES, mask=(start * VALUES + ks)[None, :] < WB * VALUES, other=0.0)
+            byte = tl.load(byte_at + start, mask=(start + columns)[None, :] < WB, other=0).to(tl.int32)
+            zero = 1 << (BITS - 1)
             if HAS_ZEROS:
-                zero = _zero_point(zeros, rows, start // GROUP_WORDS, G, BITS)[:, None]
-            step = 1.0
-            next_scale = tl.load(scale_at + tl.minimum(start + BW, W - 1) // GROUP_WORDS)
-        else:
-            zero = tl.full((BN, BW), 1 << (BITS - 1), tl.float32)
-            if HAS_ZEROS:
-                zero = _zero_point(zeros, rows[:, None], tl.minimum(here, W - 1) // GROUP_WORDS, G, BITS)
-            step = scale
-            next_scale = tl.load(scale_at + tl.minimum(here + BW, W - 1) // GROUP_WORDS)
-        part = acc
-        if ONE_GROUP:
-            part = tl.zeros_like(acc)
-        upper = word >> 8
-        if BITS == 4:
-            even, odd = tl.split(tl.reshape(xs, (BM, BW, 2, 2, 2)))
-            even0, even1 = tl.split(even)
-            odd0, odd1 = tl.split(odd)
-            x0, x4 = tl.split(even0)
-            x2, x6 = tl.split(even1)
-            x1, x5 = tl.split(odd0)
-            x3, x7 = tl.split(odd1)
-            part = _meet(word, 0xF, 0, zero, step, x0, part, DTYPE)
-            part = _meet(word, 0xF0, 4, zero, step, x1, part, DTYPE)
-            part = _meet(word, 0xF00, 8, zero, step, x2, part, DTYPE)
-            part = _meet(word, 0xF000, 12, zero, step, x3, part, DTYPE)
-            part = _meet(word, 0xF0000, 16, zero, step, x4, part, DTYPE)
-            part = _meet(word, 0xF00000, 20, zero, step, x5, part, DTYPE)
-            part = _meet(upper, 0xF0000, 16, zero, step, x6, part, DTYPE)
-            part = _meet(upper, 0xF00000, 20, zero, step, x7, part, DTYPE)
-        else:
-            even, odd = tl.split(tl.reshape(xs, (BM, BW, 2, 2)))
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
-            part = _meet(word, 0xFF, 0, zero, step, x0, part, DTYPE)
-            part = _meet(word, 0xFF00, 8, zero, step, x1, part, DTYPE)
-            part = _meet(word, 0xFF0000, 16, zero, step, x2, part, DTYPE)
-            part = _meet(upper, 0xFF0000, 16, zero, step, x3, part, DTYPE)
-        if ONE_GROUP:
-            acc += part * scale[None, :]
-        else:
-            acc = part
+                zero = _zero_point(zeros, rows, tl.minimum(start, WB - 1) // GROUP_BYTES, G, BITS)[:, None]
+            part = tl.zeros((BM, BN), tl.float32)
+            if BITS == 4:
+                even, odd = tl.split(tl.reshape(xs, (BM, BB, 2)))
+                part = _meet(byte, 0xF, 0, zero, even, part, DTYPE)
+                part = _meet(byte, 0xF0, 4, zero, odd, part, DTYPE)
+            else:
+                part = _meet(byte, 0xFF, 0, zero, xs, part, DTYPE)
+            scale = scale0 if inner == 0 else scale1 if inner == 1 else scale2 if inner == 2 else scale3
+            acc += part * scale.to(tl.float32)[None, :]
     row_mask = all_rows < N
     if HAS_BIAS:
         acc += tl.load(bias + all_rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
