@@ -164,7 +164,7 @@ def _launch(
             **form,
             BM=tiles.tokens,
             BN=tiles.rows,
-            BYTES=tiles.bytes,
+            BYTES=min(tiles.bytes, 16 * first.group_words),  # four groups at most
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
