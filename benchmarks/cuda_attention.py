@@ -175,9 +175,7 @@ def check(kind: str, tokens: int, start: int) -> None:
     wanted.values.write(0, heads_of(value))
     rope_append(query[:start].clone(), key[:start], value[:start], cos[:start], sin[:start], layer, 0)
     position = torch.tensor([start], dtype=torch.int32, device=device())
-    asked = rope_append(
-        query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position
-    )
+    asked = rope_append(query[start:].clone(), key[start:], value[start:], cos[start:], sin[start:], layer, position)
     different = [
         float((ours[:, :end] != theirs[:, :end]).float().mean())
         for ours, theirs in zip(layer.tensors().values(), wanted.tensors().values(), strict=True)
@@ -308,7 +306,9 @@ def time_prefill() -> None:
                     query = queries(tokens, layer)
                     seconds = timed(lambda q=query, c=layer, s=start: attend(q, c, s), 3)  # type: ignore[misc]
                     RESULTS[f"prefill {kind} {tokens} {start}"] = seconds
-                    print(f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}")
+                    print(
+                        f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}"
+                    )
             with part_quiet("sdpa"):
                 q, k, v = (
                     torch.randn(1, HEADS, count, D, dtype=torch.bfloat16, device=device())
@@ -330,7 +330,10 @@ def time_prefill() -> None:
                         lambda q=q, k=k, v=v, b=bias: F.scaled_dot_product_attention(q, k, v, attn_mask=b),  # type: ignore[misc]
                         3,
                     )
-                print(f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}", flush=True)
+                print(
+                    f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}",
+                    flush=True,
+                )
 
 
 def sweep_prefill() -> None:
@@ -356,7 +359,9 @@ def time_writing() -> None:
                 layers = [random_layer(kind, 4096) for _ in range(LAYERS)]
                 start = torch.tensor([100], dtype=torch.int32, device=device())
                 query = torch.randn(tokens, HEADS * D, device=device()).bfloat16()
-                out = torch.empty(HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device())
+                out = torch.empty(
+                    HEADS, tokens, D, dtype=torch.bfloat16 if kind == "16" else torch.float16, device=device()
+                )
                 key, value = (torch.randn(tokens, KV_HEADS * D, device=device()).bfloat16() for _ in range(2))
                 cos = torch.ones(tokens, ROTARY // 2, device=device())
                 heads = [x.unflatten(-1, (-1, D)).transpose(0, 1) for x in (key, value)]

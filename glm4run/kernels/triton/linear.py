@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from glm4run.kernels import LinearSpec
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, multiply_tiles
 from glm4run.qformat import WORD_BITS, PackedWeight
 
@@ -29,11 +30,11 @@ MOST_TOGETHER = 3  # weights of one launch
 
 @dataclass(frozen=True)
 class Few:
-    """Blocks of `multiply_rows`: rows of the weight a program, words of each a step."""
+    """Blocks of `multiply_rows`: rows of the weight a program, blocks of four words of each a step."""
 
     rows: int
-    words: int = 128
-    warps: int = 4
+    blocks: int = 32
+    warps: int = 1
     unroll: int = 4
 
 
@@ -49,7 +50,7 @@ class Tiles:
 
 
 # By rows of x, rounded up. Chosen by benchmarks/cuda_linear.py.
-FEW = {1: Few(8), 2: Few(8), 4: Few(4)}
+FEW = {1: Few(8), 2: Few(4, unroll=2), 4: Few(4, unroll=1)}
 TILES = {16: Tiles(16, 32), 32: Tiles(32, 32), 64: Tiles(64, 64, stages=3)}
 FLOAT32_TILES = Tiles(16, 32, stages=2)
 DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
@@ -147,6 +148,7 @@ def _launch(
         "HAS_ZEROS": first.zero_point is not None,
         "HAS_BIAS": biases[0] is not None,
         "PARTS": len(weights),
+        **overlap(x.device),
     }
     if few is not None:
         multiply_rows[(end,)](
@@ -154,7 +156,7 @@ def _launch(
             **form,
             MB=_power_of_two(M),
             ROWS=few.rows,
-            BW=min(few.words, 1 << (first.packed.shape[1].bit_length() - 1)),  # no more than a row has
+            B=min(few.blocks, 1 << ((first.packed.shape[1] // 4).bit_length() - 1)),  # no more than a row has
             UNROLL=few.unroll,
             num_warps=few.warps,
         )
@@ -215,6 +217,7 @@ def _dequantize(weight: TritonWeight, first: int, out: Tensor) -> None:
         BITS=weight.spec.scheme.bits,
         GROUP_WORDS=weight.group_words,
         HAS_ZEROS=weight.zero_point is not None,
+        **overlap(out.device),
         ROWS=DEQUANTIZE_ROWS,
         BW=DEQUANTIZE_WORDS,
         num_warps=DEQUANTIZE_WARPS,
