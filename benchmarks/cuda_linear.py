@@ -42,6 +42,7 @@ MOST_COPIES = 32
 BATCHES = (1, 2, 4, 8, 16, 64, 256, 2048)
 TOLERANCE = (4e-3, 8e-3)  # relative Frobenius error, max-abs error of the largest output
 Config = Few | Tiles
+Parts = list[tuple[TritonWeight, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Case:
     config: Config | None = None
 
 
+Held = dict[str, tuple[Shape, list[Parts]]]
+
+
 @contextmanager
 def configured(case: Case) -> Iterator[None]:
     """Runs a case with its own blocks."""
@@ -108,7 +112,7 @@ def configured(case: Case) -> Iterator[None]:
         launchers.MOST_FEW = most_few
 
 
-def random_weights(shape: Shape, seed: int = 0) -> list[tuple[TritonWeight, Tensor | None]]:
+def random_weights(shape: Shape, seed: int = 0) -> Parts:
     generator = torch.Generator("cuda").manual_seed(seed)
     K, scheme = shape.columns, shape.scheme
     parts = []
@@ -138,11 +142,11 @@ def inputs(M: int, K: int, seed: int = 1) -> Tensor:
     return x.bfloat16()
 
 
-def run(x: Tensor, parts: list[tuple[TritonWeight, Tensor | None]], outs: list[Tensor] | None = None) -> list[Tensor]:
+def run(x: Tensor, parts: Parts, outs: list[Tensor] | None = None) -> list[Tensor]:
     return multiply(x, [weight for weight, _ in parts], [bias for _, bias in parts], outs)
 
 
-def validate(case: Case, parts: list[tuple[TritonWeight, Tensor | None]]) -> float:
+def validate(case: Case, parts: Parts) -> float:
     """The relative Frobenius error. Raises where a result is off, differs when repeated, or is not written."""
     x = inputs(case.M, case.shape.columns, seed=case.M)
     outs = [torch.full((case.M, N), float("nan"), device="cuda", dtype=BF16) for N in case.shape.rows]
@@ -150,6 +154,8 @@ def validate(case: Case, parts: list[tuple[TritonWeight, Tensor | None]]) -> flo
     with configured(case):
         run(x, parts, outs)
         again = run(x, parts)
+    if case.M > launchers.MOST_TILED and len(parts) > 1:  # one product of all, where no results are given
+        outs, again = again, again
     for out, repeated, (weight, bias) in zip(outs, again, parts, strict=True):
         assert torch.equal(out, repeated), "differs when repeated"
         error = largest = total = most = 0.0
@@ -191,7 +197,7 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 9) -> float:
     return float(statistics.median(samples))
 
 
-def copies_of(parts: list[tuple[TritonWeight, Tensor | None]]) -> list[list[tuple[TritonWeight, Tensor | None]]]:
+def copies_of(parts: Parts) -> list[Parts]:
     nbytes = sum(weight.nbytes for weight, _ in parts)
     count = min(MOST_COPIES, max(2, -(-SPREAD_BYTES // nbytes)))
     made = [parts]
@@ -200,9 +206,9 @@ def copies_of(parts: list[tuple[TritonWeight, Tensor | None]]) -> list[list[tupl
     return made
 
 
-def time_case(case: Case, copies: list[list[tuple[TritonWeight, Tensor | None]]]) -> float:
+def time_case(case: Case, copies: list[Parts]) -> float:
     x = inputs(case.M, case.shape.columns)
-    outs = [torch.empty(case.M, N, device="cuda", dtype=BF16) for N in case.shape.rows]
+    outs = None if case.M > 128 else [torch.empty(case.M, N, device="cuda", dtype=BF16) for N in case.shape.rows]
     with configured(case):
         return graph_us([partial(run, x, c, outs) for c in copies[: 2 if case.M > 512 else None]])
 
@@ -212,7 +218,7 @@ def time_dense(shape: Shape, M: int, dense: list[Tensor]) -> float:
     return graph_us([partial(F.linear, x, w) for w in dense])
 
 
-def time_torch(shape: Shape, M: int, parts: list[tuple[TritonWeight, Tensor | None]]) -> float:
+def time_torch(shape: Shape, M: int, parts: Parts) -> float:
     """torch's int4 kernel, the weights of one launch joined."""
     backend, x, made = TorchBackend(), inputs(M, shape.columns), []
     for _ in range(min(8, -(-SPREAD_BYTES // sum(weight.nbytes for weight, _ in parts)))):
@@ -259,7 +265,7 @@ def failing(what: str, error: Exception) -> None:
 
 def compile_share(share: int, shares: int, *, sweep: bool) -> None:
     """Compiles every n-th case into Triton's cache. Failures show when the case is timed."""
-    seen: dict[str, list[tuple[TritonWeight, Tensor | None]]] = {}
+    seen: dict[str, Parts] = {}
     for case in cases(sweep=sweep)[share::shares]:
         parts = seen.setdefault(case.shape.name, random_weights(case.shape))
         with configured(case):
@@ -353,6 +359,18 @@ def time_shape(shape: Shape, copy: float, peak: float) -> list[dict[str, object]
     return lines
 
 
+def time_dense_tiles(held: Held) -> None:
+    """M = 2048 with dense tiles of several sizes."""
+    before = launchers.TILE_BYTES
+    for mib in (32, 64, 128, 256):
+        launchers.TILE_BYTES = mib << 20
+        columns = []
+        for name, (shape, copies) in held.items():
+            columns.append(f"{name} {time_case(Case(shape, 2048), copies):.1f}")
+        print(f"  M=2048, dense tiles of {mib} MiB: {', '.join(columns)} us", flush=True)
+    launchers.TILE_BYTES = before
+
+
 def time_sweep(copy: float) -> list[dict[str, object]]:
     """Microseconds and share of the copy bandwidth for each configuration, a line each."""
     found = sweep_cases()
@@ -376,6 +394,10 @@ def time_sweep(copy: float) -> list[dict[str, object]]:
             columns.append(f"{us:7.1f} ({100 * nbytes / us * 1e6 / copy:3.0f}%)")
             lines.append({"shape": name, "M": M, "config": str(config), "us": us})
         print(f"  M={M:<3d} {config!s:62} {'  '.join(columns)}", flush=True)
+    try:
+        time_dense_tiles(held)
+    except Exception as failure:
+        failing("dense tiles", failure)
     return lines
 
 

@@ -10,7 +10,7 @@ Bytes a product reads: N * K * b / 8 of values, N * G of scales; the dense weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -93,17 +93,20 @@ def multiply(
 ) -> list[Tensor]:
     """x [M, K] times each weight's transpose, plus its bias [N]: [M, N] each, in the dtype of x.
 
-    `outs`: where the results go, [M, N] with rows of consecutive elements; made where None.
+    `outs`: where the results go, [M, N] with rows of consecutive elements. Where None they are made, and may be columns
+    of one tensor.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
     M = x.shape[0]
+    if outs is None and M > MOST_TILED and _dense_at_once(x, weights, biases):
+        with _on(x.device):
+            return _multiply_joined(x, weights, biases)
     if outs is None:
         outs = [torch.empty(M, weight.spec.out_features, dtype=x.dtype, device=x.device) for weight in weights]
     if M == 0:
         return list(outs)
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+    with _on(x.device):
         if M > MOST_TILED:
             for weight, bias, out in zip(weights, biases, outs, strict=True):
                 _multiply_dense(x, weight, bias, out)
@@ -116,9 +119,15 @@ def multiply(
     return list(outs)
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
 def _run_together(weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
     same_form = all(weight.form == weights[0].form for weight in weights[1:])
-    same_bias = all((bias is None) == (biases[0] is None) for bias in biases[1:])
+    same_bias = len({bias is None for bias in biases}) == 1
     return len(weights) <= MOST_TOGETHER and same_form and same_bias
 
 
@@ -187,6 +196,24 @@ def dense_tile_rows(out_features: int, in_features: int, element_bytes: int) -> 
     fitting = TILE_BYTES // (in_features * element_bytes)
     whole = fitting // TILE_STEP * TILE_STEP
     return min(out_features, whole or max(fitting, 16))
+
+
+def _dense_at_once(x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
+    """Whether several weights are one product: the dense ones fit a tile, and have all a bias or none."""
+    N, K = sum(weight.spec.out_features for weight in weights), x.shape[1]
+    same_bias = len({bias is None for bias in biases}) == 1
+    return len(weights) > 1 and same_bias and dense_tile_rows(N, K, x.element_size()) >= N
+
+
+def _multiply_joined(x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """One product of x with the dense weights under each other; the results are columns of its."""
+    counts = [weight.spec.out_features for weight in weights]
+    scratch = torch.empty(sum(counts), x.shape[1], dtype=x.dtype, device=x.device)
+    for weight, rows in zip(weights, scratch.split(counts), strict=True):
+        _dequantize(weight, 0, rows)
+    given = [bias for bias in biases if bias is not None]
+    joined = torch.addmm(torch.cat(given), x, scratch.t()) if given else torch.mm(x, scratch.t())
+    return list(joined.split(counts, dim=1))
 
 
 def _multiply_dense(x: Tensor, weight: TritonWeight, bias: Tensor | None, out: Tensor) -> None:

@@ -166,7 +166,8 @@ def test_several_weights_give_what_each_gives_alone(dtype: torch.dtype) -> None:
             rows = x[:M].to(DEVICE)
             together = backend.linear_together(rows, list(zip(weights, given, strict=True)))
             for got, weight, bias, case in zip(together, weights, given, cases, strict=True):
-                assert torch.equal(got, backend.linear(rows, weight, bias))
+                if M <= MOST_TILED:  # beyond, one product has other blocks than three
+                    assert torch.equal(got, backend.linear(rows, weight, bias))
                 check(got, x[:M], case, None if bias is None else bias.cpu())
 
 
