@@ -53,7 +53,7 @@ class CapturedForward:
             self.position = torch.zeros(1, dtype=torch.int32, device=device)
             self.inv_freq = model.rope.inv_freq.double().to(device)
         self._graphs: WeakKeyDictionary[KVLayer, _Graphs] = WeakKeyDictionary()
-        self._pool = self._new_pool()
+        self._pool: Any = None
 
     def takes(self, count: int) -> bool:
         """Whether forwards of so many tokens go this way."""
@@ -82,11 +82,11 @@ class CapturedForward:
         graph.replay()
         return out.clone()  # the next replay writes there again
 
-    def _new_pool(self) -> Any:
-        """Memory that all graphs share: they run one after the other."""
-        return torch.cuda.graph_pool_handle()
-
     def _capture(self, count: int, layers: list[KVLayer]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if not any(graphs.captured for graphs in self._graphs.values()):
+            # All graphs share memory, as they run one after the other. With the last of them it is given back, and its
+            # handle is good for nothing then.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out = self._forward(count, layers)

@@ -38,9 +38,6 @@ CLOSE_KEPT = {"bf16": 5e-2, "fp16": 2e-2, "fp32": 2e-2}  # a value's rounding ma
 class Interpreted(CapturedForward):
     """Without graphs: what a capture would record is run every time."""
 
-    def _new_pool(self) -> None:
-        return None
-
     def _run(self, count: int, layers: list[KVLayer]) -> Tensor:
         return self._forward(count, layers)
 
