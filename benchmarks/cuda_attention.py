@@ -399,8 +399,8 @@ def time_host() -> None:
         torch.cuda.synchronize()
         times = []
         for call in (
-            lambda q=query, k=key, v=value, c=cos, kept=layer: rope_append(q, k, v, c, c, kept, 64),  # type: ignore[misc]
-            lambda q=asked, kept=layer, o=out: attend(q, kept, 64, out=o),  # type: ignore[misc]
+            lambda q=query, k=key, v=value, c=cos, kept=layer: rope_append(q, k, v, c, c, kept, 64),
+            lambda q=asked, kept=layer, o=out: attend(q, kept, 64, out=o),
         ):
             begin = time.perf_counter()
             for _ in range(100):
