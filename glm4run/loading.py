@@ -161,9 +161,9 @@ def load_weights(
     model.eval().requires_grad_(False)
     model.stack = native_stack(model)
     if isinstance(ops, TritonOps):
-        from glm4run.cuda_step import captured_step  # where Triton is
+        from glm4run.cuda_graphs import captured_forward  # where Triton is
 
-        model.step = captured_step(model, target, kv_format)
+        model.whole = captured_forward(model, target, kv_format, plan.chunk)
     return_large_blocks(kept_block_bytes(plan.weight_bytes))
     layout = _later_layout(model, loader) if moves else None
     if layout is not None:

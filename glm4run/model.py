@@ -41,11 +41,15 @@ class LayerStack(Protocol):
         ...
 
 
-class DecodeStep(Protocol):
-    """A forward of one token, the whole model in one call."""
+class WholeForward(Protocol):
+    """All of a forward but the head in one call, for the numbers of tokens that it takes."""
 
-    def logits(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Logits float32 [1, V] behind ids [1], which become part of the cache. The results of the modules."""
+    def takes(self, count: int) -> bool:
+        """Whether forwards of so many tokens go this way."""
+        ...
+
+    def hidden_states(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Ids [T] to normed hidden states [T, hidden], those of the modules; they become part of the cache."""
         ...
 
 
@@ -157,7 +161,7 @@ class Glm4Model(nn.Module):
         self.model = Decoder(config, ops or Ops())
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.stack: LayerStack | None = None
-        self.step: DecodeStep | None = None
+        self.whole: WholeForward | None = None
 
     @_beside_the_library
     def hidden_states(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -166,6 +170,8 @@ class Glm4Model(nn.Module):
         With a `cache` (ids then [T]) the tokens stand behind `cache.position`, and become part of it.
         """
         count = ids.shape[-1]
+        if self.whole is not None and cache is not None and ids.ndim == 1 and self.whole.takes(count):
+            return self.whole.hidden_states(ids, cache)
         start = 0 if cache is None else cache.position
         rope = self.rope.cos_sin(start, count, ids.device)
         x = self.model.embed_tokens(ids).to(self.residual_dtype)
@@ -183,8 +189,6 @@ class Glm4Model(nn.Module):
     @_beside_the_library
     def forward(self, ids: Tensor, cache: KVCache | None = None, *, logits: Literal["last", "all"] = "last") -> Tensor:
         """Logits in float32: of the last position [..., 1, V] unless `all` [..., T, V] are asked for."""
-        if self.step is not None and cache is not None and ids.shape == (1,):
-            return self.step.logits(ids, cache)
         hidden = self.hidden_states(ids, cache)
         out: Tensor = self.lm_head(hidden[..., -1:, :] if logits == "last" else hidden)
         return out.float()

@@ -8,6 +8,7 @@ from glm4run.memory.calibration import Calibration, calibrated_cpu, read_calibra
 from glm4run.memory.overhead import Overhead, device_overhead, grammar_term, process_overhead, tokenizer_bytes
 from glm4run.memory.plan import (
     HEADROOM_BYTES,
+    LARGER_CHUNKS,
     SMALLER_CHUNKS,
     Run,
     choose_plan,
@@ -25,6 +26,7 @@ from glm4run.memory.workspace import attends_natively, logits_block_rows
 __all__ = [
     "GIB",
     "HEADROOM_BYTES",
+    "LARGER_CHUNKS",
     "MIB",
     "PREFILL_CHUNK",
     "SMALLER_CHUNKS",

@@ -158,11 +158,23 @@ def _weight_terms(run: Run) -> list[Term]:
 
 
 def _graph_term(run: Run, context_len: int) -> tuple[Term]:
-    """`cuda_step`: its tensors stay; a dense product gets a workspace of cuBLAS of its own."""
-    tensors = forward_peak(run.compute, 1, context_len, kv_format=run.kv_format).bytes
-    dense = any(kernel == "dense" for _, kernel in run.compute.kernels.values())
-    formula = "tensors of the captured decode step" + (", and cuBLAS" if dense else "")
-    return (Term("decode_graph", tensors + (CUBLAS_BYTES if dense else 0), "modelled", formula),)
+    """`cuda_graphs`: the tensors of a captured forward stay, beside those of forwards that are not; so does cuBLAS's
+    workspace on the stream of the capture."""
+    counts = [1, run.chunk] if run.chunk in LARGER_CHUNKS else [1]
+    tensors = max(
+        forward_peak(run.compute, min(count, context_len), context_len, kv_format=run.kv_format).bytes
+        for count in counts
+    )
+    multiplies = len(counts) > 1 or any(kernel == "dense" for _, kernel in run.compute.kernels.values())
+    formula = f"tensors of captured forwards of {' and '.join(map(str, counts))} tokens"
+    return (
+        Term(
+            "cuda_graphs",
+            tensors + (CUBLAS_BYTES if multiplies else 0),
+            "modelled",
+            formula + (", and cuBLAS" if multiplies else ""),
+        ),
+    )
 
 
 def _logits_formula(run: Run) -> str:

