@@ -116,7 +116,14 @@ def token_bytes(kind: str) -> float:
     return sum(t.numel() * t.element_size() for t in layer.tensors().values()) / 16
 
 
-def decode_time(kind: str, layers: list[KVLayer], depth: int, tiles: Tiles | None, splits: int | None) -> float:
+def decode_time(
+    kind: str,
+    layers: list[KVLayer],
+    depth: int,
+    tiles: Tiles | None = None,
+    splits: int | None = None,
+    prefetch: bool = True,
+) -> float:
     """Seconds a layer."""
     query, scratch = queries(1, layers[0]), torch.empty(4 << 20, device=device())
     start = torch.tensor([depth - 1], dtype=torch.int32, device=device())
@@ -124,7 +131,7 @@ def decode_time(kind: str, layers: list[KVLayer], depth: int, tiles: Tiles | Non
 
     def run() -> None:
         for layer in layers:
-            attend(query, layer, start, splits=splits, out=out, scratch=scratch, tiles=tiles)
+            attend(query, layer, start, splits=splits, out=out, scratch=scratch, tiles=tiles, prefetch=prefetch)
 
     return timed(graphed(run), 7) / len(layers)
 
@@ -213,11 +220,11 @@ def check(kind: str, tokens: int, start: int) -> None:
 def compile_cases() -> list[Callable[[], object]]:
     """One call for every kernel that is timed."""
 
-    def decode(kind: str, tiles: Tiles | None) -> Callable[[], object]:
+    def decode(kind: str, tiles: Tiles | None, prefetch: bool = True) -> Callable[[], object]:
         def run() -> None:
             layer = random_layer(kind, 512)
             start = torch.tensor([300], dtype=torch.int32, device=device())
-            attend(queries(1, layer), layer, start, tiles=tiles)
+            attend(queries(1, layer), layer, start, tiles=tiles, prefetch=prefetch)
 
         return run
 
@@ -233,6 +240,7 @@ def compile_cases() -> list[Callable[[], object]]:
 
     cases = [prefill(kind, None) for kind in PREFILLED] + [prefill(kind, tiles) for kind, tiles in PREFILL_TILES]
     cases += [decode(kind, None) for kind in KINDS] + [decode(kind, tiles) for kind, tiles in DECODE_TILES]
+    cases += [decode(kind, None, prefetch=False) for kind in ("16", "8")]
     return cases + [checked(*case) for case in CHECKED]
 
 
@@ -266,7 +274,7 @@ def time_decode(copy_rate: float) -> None:
         line = []
         for depth in DEPTHS:
             with part_quiet(f"decode {kind} {depth}"):
-                seconds = decode_time(kind, layers, depth, None, None)
+                seconds = decode_time(kind, layers, depth)
                 rate = depth * per_token / seconds
                 RESULTS[f"decode {kind} {depth}"] = seconds
                 line.append(f"{depth:6}: {seconds * 1e6:6.1f} us {rate / 1e9:5.0f} {rate / copy_rate:4.0%}")
@@ -290,6 +298,8 @@ def sweep_decode() -> None:
             for splits in (16, 32, 64, 96, 128):
                 with part_quiet(f"splits {kind} {splits}"):
                     line.append(f"{splits}: {decode_time(kind, layers, depth, None, splits) * 1e6:.1f}")
+            with part_quiet(f"no prefetch {kind}"):
+                line.append(f"without prefetch: {decode_time(kind, layers, depth, prefetch=False) * 1e6:.1f}")
             print(f"{kind:>4} ", "  ".join(line), flush=True)
     print("decode at 8k, 32k by tiles (rows, positions, warps, stages), us")
     for kind, tiles in DECODE_TILES:
@@ -399,8 +409,8 @@ def time_host() -> None:
         torch.cuda.synchronize()
         times = []
         for call in (
-            lambda q=query, k=key, v=value, c=cos, kept=layer: rope_append(q, k, v, c, c, kept, 64),  # type: ignore[misc]
-            lambda q=asked, kept=layer, o=out: attend(q, kept, 64, out=o),  # type: ignore[misc]
+            lambda q=query, k=key, v=value, c=cos, kept=layer: rope_append(q, k, v, c, c, kept, 64),
+            lambda q=asked, kept=layer, o=out: attend(q, kept, 64, out=o),
         ):
             begin = time.perf_counter()
             for _ in range(100):

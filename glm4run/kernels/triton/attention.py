@@ -22,6 +22,7 @@ from glm4run.kv_format import group_of, tensor_widths
 from glm4run.kv_rows import KVLayer, KVRows
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
+PREFETCHED_ROWS = 128  # of a part of the context
 MOST_SPLITS, FEWEST_SUMMED = 128, 16  # what is summed up at once
 
 
@@ -74,6 +75,7 @@ def attend(
     out: Tensor | None = None,
     scratch: Tensor | None = None,
     tiles: Tiles | None = None,
+    prefetch: bool = True,
 ) -> Tensor:
     """Causal grouped-query attention of T tokens at positions `start` .. start + T - 1, which the cache holds already.
 
@@ -83,6 +85,7 @@ def attend(
         splits: parts of the context; chosen for the device where None
         out: [T, H * D], contiguous; of the dtype of the result
         scratch: float32, `scratch_floats` or more
+        prefetch: whether rows of the cache are asked for while the kernels before still run
 
     Returns:
         [T, H * D] in the queries' dtype; of queries made ready for quantized keys in that of `out`, or of values that
@@ -142,6 +145,7 @@ def attend(
         ),
         {
             "SPLIT": split,
+            "PREFETCH": PREFETCHED_ROWS if prefetch and overlap(device)["OVERLAPS"] and split else 0,
             "KEY_BITS": keys.bits,
             "VALUE_BITS": values.bits,
             **_scale_widths("KEY", head_dim, keys.bits),

@@ -57,6 +57,27 @@ BRAINS_OF_BYTES = tl.constexpr("""
 """)
 
 
+# Into L2, where $2 is not zero.
+PREFETCH_LINE = tl.constexpr("""
+{
+    .reg .pred wanted;
+    setp.ne.u32 wanted, $2, 0;
+    @wanted prefetch.global.L2 [$1];
+    mov.u32 $0, 0;
+}
+""")
+
+
+@triton.jit
+def _prefetch(rows, begin, end, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Asks for rows begin .. end - 1, at most the first ROWS of them; rows: a head's first."""
+    LINE: tl.constexpr = 128
+    byte = tl.arange(0, ROWS * ROW_BYTES // LINE) * LINE
+    wanted = (byte < (end - begin) * ROW_BYTES).to(tl.int32)
+    at = rows.to(tl.int64) + begin.to(tl.int64) * ROW_BYTES + byte
+    tl.inline_asm_elementwise(PREFETCH_LINE, "=r,l,r", [at, wanted], dtype=tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def _integers(x, dtype: tl.constexpr):
     """Int8 to floats of 16 bits, which hold them exactly."""
@@ -340,6 +361,7 @@ def attend_rows(
     VALUE_GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Grid: blocks of rows, the last tokens first; KV heads; splits of the context.
 
@@ -347,12 +369,36 @@ def attend_rows(
     log2(e) / sqrt(D). key_rows, value_rows: rows of a head; *_WIDTH: bytes of a row's scales (4 bits) or how many
     (8 bits). Without SPLIT the result goes to out [T, H * D]; with it sums, not divided yet, go to partial float32
     [splits, T * H, D], and each row's maximum (of base 2) and weight to partial_sums float32 [2, splits, T * H].
+    PREFETCH: rows of a split that are asked for before the kernels before this one have ended.
     """
     HEADS: tl.constexpr = KV_HEADS * REPEAT
     let_others_begin(OVERLAPS)
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    KEY_BYTES: tl.constexpr = (
+        D * KEY_BITS // 8 if KEY_BITS < 16 else D * (keys.dtype.element_ty.primitive_bitwidth // 8)
+    )
+    VALUE_BYTES: tl.constexpr = (
+        D * VALUE_BITS // 8 if VALUE_BITS < 16 else D * (values.dtype.element_ty.primitive_bitwidth // 8)
+    )
+    if PREFETCH > 0:
+        # Rows of earlier steps are there already: they come while others end. A position that is not up to date yet
+        # would only ask for other rows than are needed.
+        earlier = start
+        if START_IS_POINTER:
+            earlier = tl.load(start)
+        earlier = tl.minimum(tl.maximum(earlier, 1), tl.minimum(key_rows, value_rows))
+        begin, end, used = _stretch(earlier, split, splits, BLOCK_N)
+        if split < used:
+            _prefetch(
+                keys + kv_head.to(tl.int64) * key_rows * (D // 8 if KEY_BITS == 4 else D),
+                begin, end, PREFETCH, KEY_BYTES,
+            )  # fmt: skip
+            _prefetch(
+                values + kv_head.to(tl.int64) * value_rows * (D // 8 if VALUE_BITS == 4 else D),
+                begin, end, PREFETCH, VALUE_BYTES,
+            )  # fmt: skip
     wait_for_others(OVERLAPS)
     first_position = start
     if START_IS_POINTER:

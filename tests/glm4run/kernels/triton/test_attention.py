@@ -188,6 +188,15 @@ def test_a_query_that_is_not_finite_is_no_silent_number(bits: tuple[int, int]) -
             assert bool(finite[0, :3].all()) and not bool(finite[0, 3].any()), bad
 
 
+def test_parts_of_several_blocks_cover_the_context() -> None:
+    """Where there are many blocks a part takes one or two of them, and some parts are left over."""
+    layer = layer_of((16, 16), rows_of(1, 705, 16, 0).bfloat16(), rows_of(1, 705, 16, 1).bfloat16())
+    query = rows_of(2, 1, 16, 2).bfloat16()
+    for positions in (705, 700, 577):
+        got = attend(query, layer, positions - 1, splits=60, tiles=Tiles(16, 16, 4, 1))
+        check(got, query, layer, positions, positions)
+
+
 def test_memory_that_is_given_is_used_and_strides_are_followed() -> None:
     layer = layer_of((8, 8), rows_of(2, 90, 64, 0).bfloat16(), rows_of(2, 90, 64, 1).bfloat16())
     query = rows_of(8, 3, 64, 2).bfloat16()
