@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -218,6 +218,38 @@ def test_a_model_s_linears_run_in_it() -> None:
     for got, (packed, dense) in zip(linear_together([p for p, _ in linears], x.to(DEVICE)), linears, strict=True):
         torch.testing.assert_close(got.cpu().float(), dense(x.float()), rtol=3e-2, atol=3e-2)
         assert "backend=triton" in repr(packed)
+
+
+class Recorder:
+    """A kernel of Triton's that notes how it is launched; the compiled one is it again."""
+
+    arg_names = ("x", "bias", "count", "BLOCK", "EXACT")
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[object, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Recorder]:
+        def launch(*arguments: object, **named: object) -> Recorder:
+            self.launches.append((grid, arguments, named))
+            return self
+
+        return launch
+
+
+def test_a_compiled_kernel_is_started_directly_where_it_may_be() -> None:
+    jit, x = Recorder(), torch.zeros(64)
+    named = {"EXACT": True, "BLOCK": 8, "num_warps": 2}
+    kernel = launchers.Kernel(jit, {"EXACT": True, "BLOCK": 8}, {"num_warps": 2}, rows=1)
+    kernel.run((3, 1, 1), [x, None, 5], alike=False)  # of another dtype: what is compiled then is not kept
+    kernel.run((3, 1, 1), [x[1:], None, 5], alike=True)  # not aligned: neither
+    kernel.run((3, 1, 1), [x, None, 5], alike=True)
+    kernel.run((4, 1, 1), [x, None, 6], alike=True)
+    kernel.run((4, 1, 1), [x[1:], None, 6], alike=True)
+    kernel.run((4, 1, 1), [x, None, 6], alike=False)
+    through, direct = jit.launches[:3] + jit.launches[4:], jit.launches[3]
+    assert direct == ((4, 1, 1), (x.data_ptr(), None, 6, 8, True), {})
+    assert all(launch[2] == named for launch in through)
+    assert through[-1][1] == (x, None, 6)
 
 
 # The backend
