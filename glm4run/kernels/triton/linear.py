@@ -109,6 +109,7 @@ class Kernel:
     tokens: int = 1  # rows of x a program
     compiled: Any = None
     values: tuple[int | bool, ...] = ()
+    starts_directly: bool = True
 
     def run(self, grid: tuple[int, int, int], arguments: Sequence[Tensor | int | None], *, alike: bool) -> None:
         """`alike`: dtypes and strides are those that the kernel was made for."""
@@ -120,10 +121,13 @@ class Kernel:
                 bare.append(pointer)
             else:
                 bare.append(argument)  # type: ignore[arg-type]
-        direct = alike and together % 16 == 0
+        direct = alike and together % 16 == 0 and self.starts_directly
         if direct and self.compiled is not None:
-            self.compiled[grid](*bare, *self.values)
-            return
+            try:
+                self.compiled[grid](*bare, *self.values)
+                return
+            except TypeError:  # a Triton whose compiled kernels take other arguments
+                self.starts_directly = False
         compiled = self.jit[grid](*arguments, **self.constants, **self.options)
         if direct and compiled is not None:  # nothing where it is interpreted
             names = self.jit.arg_names[len(arguments) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -225,11 +226,14 @@ class Recorder:
 
     arg_names = ("x", "bias", "count", "BLOCK", "EXACT")
 
-    def __init__(self) -> None:
-        self.launches: list[tuple[object, ...]] = []
+    def __init__(self, *, takes_constants: bool = True) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.takes_constants = takes_constants
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Recorder]:
         def launch(*arguments: object, **named: object) -> Recorder:
+            if not named and not self.takes_constants:
+                raise TypeError("function takes exactly 12 arguments (14 given)")
             self.launches.append((grid, arguments, named))
             return self
 
@@ -250,6 +254,14 @@ def test_a_compiled_kernel_is_started_directly_where_it_may_be() -> None:
     assert direct == ((4, 1, 1), (x.data_ptr(), None, 6, 8, True), {})
     assert all(launch[2] == named for launch in through)
     assert through[-1][1] == (x, None, 6)
+
+
+def test_a_compiled_kernel_with_other_arguments_is_started_through_triton() -> None:
+    jit, x = Recorder(takes_constants=False), torch.zeros(64)
+    kernel = launchers.Kernel(jit, {"EXACT": True, "BLOCK": 8}, {"num_warps": 2}, rows=1)
+    for count in range(4):
+        kernel.run((3, 1, 1), [x, None, count], alike=True)
+    assert [launch[1][2] for launch in jit.launches] == [0, 1, 2, 3]
 
 
 # The backend
