@@ -23,7 +23,7 @@ QUANTO_PACKED_GROUP, QUANTO_PACKED_ROWS, QUANTO_INT8_COLUMNS = 128, 16, 4
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES, CUDA_TILE_BYTES = 2 * MIB, 64 * MIB  # of float32, as kernels/torch_ops.py has them
 PANEL_ROWS, PANEL_COLUMNS = 16, 32  # of kernels/cpu/src/layout.h
-TRITON_MOST_TILED, TRITON_TILE_BYTES, TRITON_TILE_STEP = 128, 64 * MIB, 2048  # of kernels/triton/linear.py
+TRITON_MOST_TILED, TRITON_TILE_BYTES, TRITON_TILE_STEP = 64, 64 * MIB, 2048  # of kernels/triton/linear.py
 
 
 @dataclass(frozen=True)

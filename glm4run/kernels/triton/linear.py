@@ -9,9 +9,11 @@ Bytes a product reads: N * K * b / 8 of values, N * G of scales; the dense weigh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, mu
 from glm4run.qformat import WORD_BITS, PackedWeight
 
 MOST_FEW = 4  # rows of x that meet a weight in float32
-MOST_TILED = 128  # beyond, the weight is made dense a tile at a time
+MOST_TILED = 64  # beyond, the weight is made dense a tile at a time
 TILE_BYTES = 64 << 20  # of a dense tile in x's dtype
 TILE_STEP = 2048  # rows; whole waves of cuBLAS's blocks where there is room for them
 MOST_TOGETHER = 3  # weights of one launch
@@ -57,6 +59,17 @@ DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
 
 
 @dataclass(frozen=True)
+class Form:
+    """What weights of one launch have in common."""
+
+    bits: int
+    words: int  # of a row
+    group_words: int  # of a group
+    has_zeros: bool
+    scale_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class TritonWeight:
     """The weight as it stands in the file, on the device."""
 
@@ -64,25 +77,62 @@ class TritonWeight:
     scale: Tensor  # [N, G]
     zero_point: Tensor | None  # int32 [N * b / 32, G]
     spec: LinearSpec
-    group_words: int  # words of a group
+    form: Form
 
     @property
     def nbytes(self) -> int:
         tensors = (self.packed, self.scale, *(() if self.zero_point is None else (self.zero_point,)))
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    @property
-    def form(self) -> tuple[object, ...]:
-        """What weights of one launch have in common."""
-        return self.spec.scheme, self.scale.dtype, self.packed.shape[1]
-
 
 def prepack(weight: PackedWeight, spec: LinearSpec) -> TritonWeight:
     """The weight for `multiply`; its tensors are kept."""
-    group = spec.scheme.group_size
-    group_words = (spec.in_features if group is None else group) * spec.scheme.bits // WORD_BITS
+    bits, group = spec.scheme.bits, spec.scheme.group_size
+    group_words = (spec.in_features if group is None else group) * bits // WORD_BITS
+    form = Form(bits, weight.packed.shape[1], group_words, weight.zero_point is not None, weight.scale.dtype)
     zero_point = None if weight.zero_point is None else weight.zero_point.contiguous()
-    return TritonWeight(weight.packed.contiguous(), weight.scale.contiguous(), zero_point, spec, group_words)
+    return TritonWeight(weight.packed.contiguous(), weight.scale.contiguous(), zero_point, spec, form)
+
+
+@dataclass
+class Kernel:
+    """A kernel of `jit` with its constants, and once it has run as the compiled one, which starts in less time.
+
+    Triton looks at every argument of a launch for what the compiled code may count on: 16 bytes' alignment, and dtypes.
+    What is started directly has to have that.
+    """
+
+    jit: Any
+    constants: dict[str, int | bool]
+    options: dict[str, int | bool]
+    rows: int  # of the weight a program
+    tokens: int = 1  # rows of x a program
+    compiled: Any = None
+    values: tuple[int | bool, ...] = ()
+    starts_directly: bool = True
+
+    def run(self, grid: tuple[int, int, int], arguments: Sequence[Tensor | int | None], *, alike: bool) -> None:
+        """`alike`: dtypes and strides are those that the kernel was made for."""
+        together, bare = 0, []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                pointer = argument.data_ptr()
+                together |= pointer
+                bare.append(pointer)
+            else:
+                bare.append(argument)  # type: ignore[arg-type]
+        direct = alike and together % 16 == 0 and self.starts_directly
+        if direct and self.compiled is not None:
+            try:
+                self.compiled[grid](*bare, *self.values)
+                return
+            except TypeError:  # a Triton whose compiled kernels take other arguments
+                self.starts_directly = False
+        compiled = self.jit[grid](*arguments, **self.constants, **self.options)
+        if direct and compiled is not None:  # nothing where it is interpreted
+            names = self.jit.arg_names[len(arguments) :]
+            self.values = tuple(self.constants[name] for name in names)
+            self.compiled = compiled
 
 
 def multiply(
@@ -135,60 +185,91 @@ def _launch(
     x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
 ) -> None:
     """One launch for all weights. They share their form, and have all a bias or none."""
-    M, first = x.shape[0], weights[0]
-    few = FEW[_power_of_two(M)] if M <= MOST_FEW else None
-    tiles = None if few is not None else _tiles(M, x.dtype)
-    rows = few.rows if few is not None else tiles.rows if tiles is not None else 0
-    arguments: list[object] = [x]
-    ends, end = [], 0
+    M, dtype = x.shape[0], x.dtype
+    few = M <= MOST_FEW
+    form, has_bias = weights[0].form, biases[0] is not None
+    if few:
+        kernel = _few_kernel(form, dtype, x.device, _power_of_two(M), len(weights), has_bias)
+    else:
+        kernel = _tiles_kernel(form, dtype, x.device, max(_power_of_two(M), 16), len(weights), has_bias)
+    arguments: list[Tensor | int | None] = [x]
+    ends, end, alike = [], 0, x.stride(0) % 16 == 0
     for weight, bias, out in zip(weights, biases, outs, strict=True):
         N = weight.spec.out_features
-        packed = weight.packed if few is not None else weight.packed.view(torch.uint8)
-        arguments += [packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0)]
-        end += -(-N // rows)
+        packed = weight.packed if few else weight.packed.view(torch.uint8)
+        arguments += (packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0))
+        alike = alike and out.dtype == dtype and (bias is None or bias.dtype == dtype)
+        end += -(-N // kernel.rows)
         ends.append(end)
     arguments += [None] * (7 * (MOST_TOGETHER - len(weights)))
     starts = [*ends[:-1], None, None][: MOST_TOGETHER - 1]  # of the second and the third weight
-    arguments += [x.stride(0), M, *starts]
-    form = {
-        "W": first.packed.shape[1],
-        "BITS": first.spec.scheme.bits,
-        "GROUP_WORDS": first.group_words,
-        "HAS_ZEROS": first.zero_point is not None,
-        "HAS_BIAS": biases[0] is not None,
-        "PARTS": len(weights),
-        **overlap(x.device),
+    arguments += (x.stride(0), M, *starts)
+    kernel.run((end, -(-M // kernel.tokens) if not few else 1, 1), arguments, alike=alike)
+
+
+def _constants(form: Form) -> dict[str, int | bool]:
+    return {"W": form.words, "BITS": form.bits, "GROUP_WORDS": form.group_words, "HAS_ZEROS": form.has_zeros}
+
+
+@functools.cache
+def _few_kernel(
+    form: Form, dtype: torch.dtype, device: torch.device, tokens: int, parts: int, has_bias: bool
+) -> Kernel:
+    """For up to `tokens` rows of x in `dtype`."""
+    few, overlaps = FEW[tokens], overlap(device)
+    constants = {
+        **_constants(form),
+        "HAS_BIAS": has_bias,
+        "PARTS": parts,
+        "OVERLAPS": overlaps["OVERLAPS"],
+        "MB": tokens,
+        "ROWS": few.rows,
+        "B": min(few.blocks, _power_of_two(form.words // 4 + 1) // 2),  # no more than a row has
+        "UNROLL": few.unroll,
     }
-    if few is not None:
-        multiply_rows[(end,)](
-            *arguments,
-            **form,
-            MB=_power_of_two(M),
-            ROWS=few.rows,
-            B=min(few.blocks, 1 << ((first.packed.shape[1] // 4).bit_length() - 1)),  # no more than a row has
-            UNROLL=few.unroll,
-            num_warps=few.warps,
-        )
-    elif tiles is not None:
-        multiply_tiles[(end, -(-M // tiles.tokens))](
-            *arguments,
-            **form,
-            BM=tiles.tokens,
-            BN=tiles.rows,
-            BYTES=min(tiles.bytes, 16 * first.group_words),  # four groups at most
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    return Kernel(multiply_rows, constants, _options(overlaps, few.warps), few.rows, tokens)
+
+
+@functools.cache
+def _tiles_kernel(
+    form: Form, dtype: torch.dtype, device: torch.device, tokens: int, parts: int, has_bias: bool
+) -> Kernel:
+    """For up to `tokens` rows of x in `dtype`, or for more, several programs each."""
+    tiles, overlaps = TILES[min(tokens, max(TILES))], overlap(device)
+    if dtype == torch.float32:  # no tensor cores: these are its products one by one
+        tiles = FLOAT32_TILES
+    constants = {
+        **_constants(form),
+        "HAS_BIAS": has_bias,
+        "PARTS": parts,
+        "OVERLAPS": overlaps["OVERLAPS"],
+        "BM": tiles.tokens,
+        "BN": tiles.rows,
+        "BYTES": min(tiles.bytes, 16 * form.group_words),  # four groups at most
+    }
+    options = _options(overlaps, tiles.warps) | {"num_stages": tiles.stages}
+    return Kernel(multiply_tiles, constants, options, tiles.rows, tiles.tokens)
+
+
+@functools.cache
+def _dense_kernel(form: Form, dtype: torch.dtype, device: torch.device) -> Kernel:
+    """To rows of `dtype`."""
+    overlaps = overlap(device)
+    constants = {
+        **_constants(form),
+        "OVERLAPS": overlaps["OVERLAPS"],
+        "ROWS": DEQUANTIZE_ROWS,
+        "BW": DEQUANTIZE_WORDS,
+    }
+    return Kernel(dequantize_rows, constants, _options(overlaps, DEQUANTIZE_WARPS), DEQUANTIZE_ROWS)
+
+
+def _options(overlaps: dict[str, bool], warps: int) -> dict[str, int | bool]:
+    return {name: value for name, value in overlaps.items() if name != "OVERLAPS"} | {"num_warps": warps}
 
 
 def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
-
-
-def _tiles(M: int, dtype: torch.dtype) -> Tiles:
-    if dtype == torch.float32:  # no tensor cores: these are its products one by one
-        return FLOAT32_TILES
-    return TILES[min(max(_power_of_two(M), 16), max(TILES))]
 
 
 def dense_tile_rows(out_features: int, in_features: int, element_bytes: int) -> int:
@@ -231,21 +312,6 @@ def _multiply_dense(x: Tensor, weight: TritonWeight, bias: Tensor | None, out: T
 
 def _dequantize(weight: TritonWeight, first: int, out: Tensor) -> None:
     """Rows of the weight from `first` on, dense, to out [count, K]."""
-    count, W = out.shape[0], weight.packed.shape[1]
-    grid = (-(-W // DEQUANTIZE_WORDS), -(-count // DEQUANTIZE_ROWS))
-    dequantize_rows[grid](
-        weight.packed,
-        weight.scale,
-        weight.zero_point,
-        out,
-        first,
-        count,
-        W=W,
-        BITS=weight.spec.scheme.bits,
-        GROUP_WORDS=weight.group_words,
-        HAS_ZEROS=weight.zero_point is not None,
-        **overlap(out.device),
-        ROWS=DEQUANTIZE_ROWS,
-        BW=DEQUANTIZE_WORDS,
-        num_warps=DEQUANTIZE_WARPS,
-    )
+    count, kernel = out.shape[0], _dense_kernel(weight.form, out.dtype, out.device)
+    grid = (-(-weight.form.words // DEQUANTIZE_WORDS), -(-count // DEQUANTIZE_ROWS), 1)
+    kernel.run(grid, (weight.packed, weight.scale, weight.zero_point, out, first, count), alike=True)

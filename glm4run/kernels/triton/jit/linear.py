@@ -151,7 +151,7 @@ def _own_weight(
 SIZES = ["N0", "N1", "N2", "stride0", "stride1", "stride2", "M", "end0", "end1"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["packed0", "packed1", "packed2"])
+@triton.jit(do_not_specialize=SIZES)
 def multiply_rows(
     x,  # [M, K], rows x_stride apart
     packed0,  # int32 [N, W]

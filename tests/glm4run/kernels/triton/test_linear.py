@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from glm4run.kernels.triton.linear import MOST_FEW, MOST_TILED, TritonWeight, de
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-BATCHES = (1, 2, 3, 4, 7, 16, 33, 130)
+BATCHES = (1, 2, 4, 7, 16, 33, 130)
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
@@ -95,15 +96,15 @@ def test_products_equal_float64(bits: int, group_size: int | None, symmetric: bo
     """N is odd and passes a block; K is more than a step and, where the group allows it, no multiple of a block."""
     if dtype == FP16 and (group_size == 64 or not symmetric):
         pytest.skip("as in bf16")
-    N, K = 35, _columns(bits, group_size)
+    N, K = 33, _columns(bits, group_size)
     case = make_case(N, K, QuantScheme(bits, group_size, symmetric), BF16 if dtype != FP16 else FP16)
     weight = prepacked(case, dtype)
     x = inputs(max(BATCHES), K, dtype)
-    for M in BATCHES if group_size == 32 and symmetric else (1, 7, 130):
+    for M in BATCHES if group_size == 32 and symmetric and dtype != FP16 else (1, 7, 130):
         check(multiply(x[:M].to(DEVICE), [weight], [None])[0], x, case)
 
 
-@pytest.mark.parametrize(("N", "K"), [(1, 32), (5, 64), (3, 96), (2, 13696), (65, 160)])
+@pytest.mark.parametrize(("N", "K"), [(1, 32), (5, 64), (3, 96), (2, 13696), (33, 160)])
 def test_small_odd_and_long_shapes(N: int, K: int) -> None:
     long = K > 1024
     for bits, dtype in [(4, BF16)] if long else itertools.product((4, 8), (FP32, BF16)):
@@ -124,12 +125,12 @@ def test_scales_of_other_dtypes(scale_dtype: torch.dtype) -> None:
 def test_every_place_in_a_word_meets_its_activation() -> None:
     """One activation at a time: a value that is read from the wrong bits shows exactly."""
     for bits in (4, 8):
-        case = make_case(16, 64, QuantScheme(bits, 32, symmetric=False), FP32)
-        x = torch.eye(64)
+        case = make_case(8, 32, QuantScheme(bits, 32, symmetric=False), FP32)
+        x = torch.eye(32)
         weight = prepacked(case, FP32)
-        few = torch.cat([multiply(x[k : k + 4].to(DEVICE), [weight], [None])[0] for k in range(0, 64, 4)])
+        few = torch.cat([multiply(x[k : k + 4].to(DEVICE), [weight], [None])[0] for k in range(0, 32, 4)])
         tiled = multiply(x.to(DEVICE), [weight], [None])[0]
-        many = multiply(torch.cat([x, x, x]).to(DEVICE), [weight], [None])[0]
+        many = multiply(torch.cat([x] * 5).to(DEVICE), [weight], [None])[0]
         for got in (few, tiled, many[128:]):
             torch.testing.assert_close(got.cpu().double(), case.dense.T, rtol=1e-6, atol=1e-6)
 
@@ -158,9 +159,9 @@ def test_several_weights_give_what_each_gives_alone(dtype: torch.dtype) -> None:
     x = inputs(130, 128, dtype)
     one_form = [QuantScheme(4, 32, symmetric=False)] * 3
     for schemes in (one_form, [QuantScheme(4, 32), QuantScheme(8, 32), QuantScheme(4, None)]):
-        cases = [make_case(N, 128, scheme, BF16, seed=N) for N, scheme in zip((40, 3, 33), schemes, strict=True)]
+        cases = [make_case(N, 128, scheme, BF16, seed=N) for N, scheme in zip((9, 3, 8), schemes, strict=True)]
         weights = [prepacked(case, dtype) for case in cases]
-        biases = [torch.linspace(-9, 9, N).to(dtype) for N in (40, 3, 33)]
+        biases = [torch.linspace(-9, 9, N).to(dtype) for N in (9, 3, 8)]
         for M, with_bias in itertools.product((2, 5, 130), ((True, True, True), (True, False, True))):
             given = [bias.to(DEVICE) if has else None for bias, has in zip(biases, with_bias, strict=True)]
             rows = x[:M].to(DEVICE)
@@ -173,8 +174,8 @@ def test_several_weights_give_what_each_gives_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("M", [1, 4, 16, 130])
 def test_results_go_where_they_are_wanted_and_repeat_to_the_bit(M: int) -> None:
-    case = make_case(37, 1184, QuantScheme(4, 32), BF16)
-    weight, x = prepacked(case), inputs(M, 1184, BF16)
+    case = make_case(37, 160, QuantScheme(4, 32), BF16)
+    weight, x = prepacked(case), inputs(M, 160, BF16)
     wide = torch.full((M, 100), 7.0, dtype=BF16, device=DEVICE)
     out = wide[:, 20:57]
     assert multiply(x.to(DEVICE), [weight], [None], [out])[0] is out
@@ -218,6 +219,49 @@ def test_a_model_s_linears_run_in_it() -> None:
     for got, (packed, dense) in zip(linear_together([p for p, _ in linears], x.to(DEVICE)), linears, strict=True):
         torch.testing.assert_close(got.cpu().float(), dense(x.float()), rtol=3e-2, atol=3e-2)
         assert "backend=triton" in repr(packed)
+
+
+class Recorder:
+    """A kernel of Triton's that notes how it is launched; the compiled one is it again."""
+
+    arg_names = ("x", "bias", "count", "BLOCK", "EXACT")
+
+    def __init__(self, *, takes_constants: bool = True) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.takes_constants = takes_constants
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Recorder]:
+        def launch(*arguments: object, **named: object) -> Recorder:
+            if not named and not self.takes_constants:
+                raise TypeError("function takes exactly 12 arguments (14 given)")
+            self.launches.append((grid, arguments, named))
+            return self
+
+        return launch
+
+
+def test_a_compiled_kernel_is_started_directly_where_it_may_be() -> None:
+    jit, x = Recorder(), torch.zeros(64)
+    named = {"EXACT": True, "BLOCK": 8, "num_warps": 2}
+    kernel = launchers.Kernel(jit, {"EXACT": True, "BLOCK": 8}, {"num_warps": 2}, rows=1)
+    kernel.run((3, 1, 1), [x, None, 5], alike=False)  # of another dtype: what is compiled then is not kept
+    kernel.run((3, 1, 1), [x[1:], None, 5], alike=True)  # not aligned: neither
+    kernel.run((3, 1, 1), [x, None, 5], alike=True)
+    kernel.run((4, 1, 1), [x, None, 6], alike=True)
+    kernel.run((4, 1, 1), [x[1:], None, 6], alike=True)
+    kernel.run((4, 1, 1), [x, None, 6], alike=False)
+    through, direct = jit.launches[:3] + jit.launches[4:], jit.launches[3]
+    assert direct == ((4, 1, 1), (x.data_ptr(), None, 6, 8, True), {})
+    assert all(launch[2] == named for launch in through)
+    assert through[-1][1] == (x, None, 6)
+
+
+def test_a_compiled_kernel_with_other_arguments_is_started_through_triton() -> None:
+    jit, x = Recorder(takes_constants=False), torch.zeros(64)
+    kernel = launchers.Kernel(jit, {"EXACT": True, "BLOCK": 8}, {"num_warps": 2}, rows=1)
+    for count in range(4):
+        kernel.run((3, 1, 1), [x, None, count], alike=True)
+    assert [launch[1][2] for launch in jit.launches] == [0, 1, 2, 3]
 
 
 # The backend
