@@ -102,6 +102,11 @@ class Backend(Protocol):
         """The kinds of weights that it reads; it is never asked about others."""
         ...
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The types of devices that it is for: cpu, cuda. `auto` says nothing about backends for others."""
+        ...
+
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         """None if this backend can run `spec` on this machine, else the reason in one clause."""
         ...
@@ -167,7 +172,7 @@ def select_backend(name: str, specs: Iterable[LinearSpec]) -> tuple[Backend, str
         reason = _first_reason(backend, wanted)
         if reason is None:
             return backend, "; ".join(refused) or _why_first(wanted)
-        if any(spec.scheme.kind in backend.kinds for spec in wanted):
+        if any(spec.scheme.kind in backend.kinds and spec.device.type in backend.devices for spec in wanted):
             refused.append(f"{candidate} cannot: {reason}")
     raise BackendError(f"no backend can run this model: {'; '.join(refused)}")
 

@@ -83,6 +83,7 @@ class BitsandbytesBackend:
 
     name = "bitsandbytes"
     kinds: tuple[Kind, ...] = BITSANDBYTES_KINDS
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __init__(self) -> None:
         self.paths: Counter[str] = Counter()

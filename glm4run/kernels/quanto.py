@@ -61,6 +61,7 @@ class QuantoBackend:
 
     name = "quanto"
     kinds: tuple[Kind, ...] = QUANTO_KINDS
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def __init__(self) -> None:
         self.paths: Counter[str] = Counter()

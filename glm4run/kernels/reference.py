@@ -30,6 +30,7 @@ class ReferenceBackend:
 
     name = "reference"
     kinds: tuple[Kind, ...] = ("int",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         return "activations stay as they are in it" if spec.activations in ("int8", "int16") else None

@@ -57,6 +57,7 @@ class TorchBackend:
 
     name = "torch"
     kinds: tuple[Kind, ...] = ("int",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         if spec.activations in ("int8", "int16"):

@@ -93,6 +93,7 @@ class NativeBackend:
 
     name = "native"
     kinds: tuple[Kind, ...] = ("int",)
+    devices: tuple[str, ...] = ("cpu",)
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         if spec.device.type != "cpu":

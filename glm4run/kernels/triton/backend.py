@@ -25,6 +25,7 @@ class TritonBackend:
 
     name = "triton"
     kinds: tuple[Kind, ...] = ("int",)
+    devices: tuple[str, ...] = ("cuda",)
 
     def why_unavailable(self, spec: LinearSpec) -> str | None:
         if spec.activations in ("int8", "int16"):

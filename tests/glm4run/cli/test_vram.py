@@ -70,7 +70,7 @@ def test_new_user_with_twelve_gigabytes_gets_one_screen(run: Run) -> None:
     lines = got.out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     rows = {line.split()[0]: line.split() for line in lines if line.startswith(("bf16", "int8", "int4"))}
-    assert [rows["int4"][i] for i in (1, 3, 5)] == ["+", "+", "-"]
+    assert [rows["int4"][i] for i in (1, 3, 5)] == ["+", "+", "~"]
     assert [rows["bf16"][i] for i in (1, 3, 5)] == ["-", "-", "-"]
     assert "decode, tok/s:" in got.out
     steps = [line.strip() for line in lines if line.startswith("  glm4run")]
@@ -110,7 +110,7 @@ def test_sizes_are_understood_and_echoed(run: Run) -> None:
     assert " 128k" in got.out and " 128000" in got.out
     rows = run("--gpu", "24GB", "--ctx", "128k,128000", "--bits", "4", "--json").json()["rows"]
     assert [row["context_tokens"] for row in rows] == [131072, 128000]
-    assert rows[0]["peak_bytes"] > rows[1]["peak_bytes"]
+    assert rows[0]["peak_bytes"] >= rows[1]["peak_bytes"]  # equal: the cache's tensors fill the same 64 MiB segments
 
 
 def test_context_beyond_the_model(run: Run) -> None:

@@ -293,6 +293,7 @@ class FakeBackend:
     """Refuses with a fixed reason, and remembers what it was asked."""
 
     kinds: tuple[Kind, ...] = ("int",)
+    devices: tuple[str, ...] = ("cpu",)
 
     def __init__(self, name: str, reason: str | None) -> None:
         self.name = name
