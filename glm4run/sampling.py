@@ -118,8 +118,10 @@ class Sampler:
         Raises:
             GenerationError: a logit is NaN or infinite. A token chosen from such logits would be meaningless.
         """
-        logits = logits.masked_fill(self.forbidden.to(logits.device), float("-inf"))
-        if not bool(torch.isfinite(logits.amax())) or bool(torch.isnan(logits).any()):
+        if self.forbidden.device != logits.device:
+            self.forbidden = self.forbidden.to(logits.device)  # once, not at every token
+        logits = logits.masked_fill(self.forbidden, float("-inf"))
+        if not bool(torch.isfinite(logits.amax())):  # of which NaN is the largest of all
             raise GenerationError(
                 "the model's output is not finite (NaN or infinity), so no token can be chosen",
                 hint="use --dtype bf16 or fp32; if it stays, check the files with `glm4run check`",

@@ -14,8 +14,10 @@ from glm4run import LoadedModel, SamplingParams, load_model
 from glm4run.cards import demo_folder
 from glm4run.chat_format import Message
 from glm4run.cli import main
+from glm4run.errors import GenerationError
 from glm4run.evaluation import evaluate
 from glm4run.kv_files import load_piece, write_piece
+from glm4run.sampling import Sampler
 from glm4run.text_windows import Cut, read_text
 from tests.builders import write_checkpoint, write_packed
 from tests.conftest import REPO
@@ -196,3 +198,11 @@ def test_bench_compares_with_the_cards_own_memory(capsys: pytest.CaptureFixture[
     assert result["machine"] == torch.cuda.get_device_name()
     assert result["read_bandwidth_gb_per_s"] > 100
     assert all(row["fraction_of_bandwidth"] is not None for row in result["rows"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sampling_refuses_what_is_not_finite(value: float) -> None:
+    logits = torch.zeros(1000, device="cuda")
+    logits[77] = value
+    with pytest.raises(GenerationError, match="not finite"):
+        Sampler(GREEDY, torch.ones(1000, dtype=torch.bool)).sample(logits, [])
