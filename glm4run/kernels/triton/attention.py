@@ -34,6 +34,7 @@ class Tiles:
     positions: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most
 
 
 def choose_tiles(rows: int, head_dim: int, key_bits: int, value_bits: int, dtype: torch.dtype) -> Tiles:
@@ -42,14 +43,18 @@ def choose_tiles(rows: int, head_dim: int, key_bits: int, value_bits: int, dtype
     if dtype == torch.float32:  # in the plain units: correct first
         return Tiles(16, 32, 4, 1)
     block = min(max(16, 1 << (rows - 1).bit_length()), 128)
+    quantized = min(key_bits, value_bits) < 16
+    if block == 16 and quantized and not wide:  # more warps, as they work more for what they read
+        return Tiles(16, 128, 8, 2, 128)
     if block < 64:
         return Tiles(block, 32 if wide else 64, 4, 3)
-    quantized = min(key_bits, value_bits) < 16
     if wide:
         return Tiles(64, 32, 8, 2)
     if block < 128:
         return Tiles(64, 64, 4, 2)
-    return Tiles(128, 64, 8, 2) if quantized else Tiles(128, 128, 8, 3)
+    if quantized:
+        return Tiles(128, 64 if 4 in (key_bits, value_bits) else 128, 8, 2)
+    return Tiles(128, 128, 8, 3)
 
 
 def choose_splits(
@@ -154,6 +159,7 @@ def attend(
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )
     if split:
         turned = values.scales is not None

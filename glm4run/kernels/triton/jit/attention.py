@@ -13,7 +13,7 @@ import triton.language as tl
 from glm4run.kernels.triton.jit.cache import INTERPRETED, bound, narrowed, times
 from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
 
-FEW_BLOCKS = tl.constexpr(32)
+MANY_SPLITS = tl.constexpr(64)
 
 
 @triton.jit
@@ -21,9 +21,11 @@ def _stretch(visible, split, splits, BLOCK_N: tl.constexpr):
     """Positions of one split, and how many splits have any.
 
     A split of one block costs more than it saves where there are many: what it found must be written and read again.
+    Then it is half of them, one program a multiprocessor instead of two.
     """
     blocks = tl.cdiv(visible, BLOCK_N)
-    used = tl.minimum(tl.minimum(blocks, FEW_BLOCKS + blocks // 4), splits)
+    wanted = tl.where((splits >= MANY_SPLITS) & (blocks < 2 * splits), splits // 2, splits)
+    used = tl.minimum(blocks, wanted)
     return split * blocks // used * BLOCK_N, tl.minimum((split + 1) * blocks // used * BLOCK_N, visible), used
 
 
