@@ -95,10 +95,11 @@ Held = dict[str, tuple[Shape, list[Parts]]]
 def configured(case: Case) -> Iterator[None]:
     """Runs a case with its own blocks."""
     clear = (launchers._few_kernel.cache_clear, launchers._tiles_kernel.cache_clear)
-    few, tiles, most_few = dict(launchers.FEW), dict(launchers.TILES), launchers.MOST_FEW
+    choose_few, tiles, most_few = launchers._choose_few, dict(launchers.TILES), launchers.MOST_FEW
     if isinstance(case.config, Few):
+        few = case.config
         launchers.MOST_FEW = max(most_few, case.M)
-        launchers.FEW[launchers._power_of_two(case.M)] = case.config
+        launchers._choose_few = lambda form, tokens, rows: few
     elif case.config is not None:
         launchers.MOST_FEW = min(most_few, case.M - 1)
         launchers.TILES.clear()
@@ -110,8 +111,7 @@ def configured(case: Case) -> Iterator[None]:
     finally:
         for forget in clear if case.config is not None else ():
             forget()
-        launchers.FEW.clear()
-        launchers.FEW.update(few)
+        launchers._choose_few = choose_few
         launchers.TILES.clear()
         launchers.TILES.update(tiles)
         launchers.MOST_FEW = most_few

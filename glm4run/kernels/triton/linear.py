@@ -53,6 +53,9 @@ class Tiles:
 
 # By rows of x, rounded up. Chosen by benchmarks/cuda_linear.py.
 FEW = {1: Few(8), 2: Few(4, unroll=2), 4: Few(4, unroll=1)}
+# One row of x and int4: whole short rows a step where there are few of them, one step ahead where there are many.
+FEW_SHORT, MANY_SHORT, LONG = Few(4, blocks=128, warps=4, unroll=1), Few(4, unroll=1), Few(4)
+SHORT_BLOCKS, MANY_ROWS = 128, 8192
 TILES = {16: Tiles(16, 32), 32: Tiles(32, 32), 64: Tiles(64, 64, stages=3)}
 FLOAT32_TILES = Tiles(16, 32, stages=2)
 DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
@@ -189,7 +192,8 @@ def _launch(
     few = M <= MOST_FEW
     form, has_bias = weights[0].form, biases[0] is not None
     if few:
-        kernel = _few_kernel(form, dtype, x.device, _power_of_two(M), len(weights), has_bias)
+        few_rows = _choose_few(form, _power_of_two(M), sum(weight.spec.out_features for weight in weights))
+        kernel = _few_kernel(form, dtype, x.device, _power_of_two(M), few_rows, len(weights), has_bias)
     else:
         kernel = _tiles_kernel(form, dtype, x.device, max(_power_of_two(M), 16), len(weights), has_bias)
     arguments: list[Tensor | int | None] = [x]
@@ -207,16 +211,25 @@ def _launch(
     kernel.run((end, -(-M // kernel.tokens) if not few else 1, 1), arguments, alike=alike)
 
 
+def _choose_few(form: Form, tokens: int, rows: int) -> Few:
+    """For up to `tokens` rows of x and `rows` of the weights."""
+    if tokens > 1 or form.bits != 4:
+        return FEW[tokens]
+    if form.words > 4 * SHORT_BLOCKS:
+        return LONG
+    return MANY_SHORT if rows >= MANY_ROWS else FEW_SHORT
+
+
 def _constants(form: Form) -> dict[str, int | bool]:
     return {"W": form.words, "BITS": form.bits, "GROUP_WORDS": form.group_words, "HAS_ZEROS": form.has_zeros}
 
 
 @functools.cache
 def _few_kernel(
-    form: Form, dtype: torch.dtype, device: torch.device, tokens: int, parts: int, has_bias: bool
+    form: Form, dtype: torch.dtype, device: torch.device, tokens: int, few: Few, parts: int, has_bias: bool
 ) -> Kernel:
     """For up to `tokens` rows of x in `dtype`."""
-    few, overlaps = FEW[tokens], overlap(device)
+    overlaps = overlap(device)
     constants = {
         **_constants(form),
         "HAS_BIAS": has_bias,

@@ -289,7 +289,7 @@ def test_auto_takes_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = LinearSpec(32, 64, QuantScheme(4, 32), torch.device("cuda"), BF16)
     chosen, reason = select_backend("auto", [spec])
     assert chosen.name == "triton"
-    assert "native cannot" in reason
+    assert reason == "the fastest that is built in"
     assert load_backend("triton").describe().split()[0] == "triton"
 
 
