@@ -96,12 +96,14 @@ def configured(case: Case) -> Iterator[None]:
     """Runs a case with its own blocks."""
     clear = (launchers._few_kernel.cache_clear, launchers._tiles_kernel.cache_clear)
     choose_few, tiles, most_few = launchers._choose_few, dict(launchers.TILES), launchers.MOST_FEW
+    most_tiled = launchers.most_tiled
     if isinstance(case.config, Few):
         few = case.config
         launchers.MOST_FEW = max(most_few, case.M)
         launchers._choose_few = lambda form, tokens, rows: few
     elif case.config is not None:
         launchers.MOST_FEW = min(most_few, case.M - 1)
+        launchers.most_tiled = lambda out_features: case.M
         launchers.TILES.clear()
         launchers.TILES[case.config.tokens] = case.config
     try:
@@ -112,6 +114,7 @@ def configured(case: Case) -> Iterator[None]:
         for forget in clear if case.config is not None else ():
             forget()
         launchers._choose_few = choose_few
+        launchers.most_tiled = most_tiled
         launchers.TILES.clear()
         launchers.TILES.update(tiles)
         launchers.MOST_FEW = most_few
@@ -159,8 +162,9 @@ def validate(case: Case, parts: Parts) -> float:
     with configured(case):
         run(x, parts, outs)
         again = run(x, parts)
-    if case.M > launchers.MOST_TILED and len(parts) > 1:  # one product of all, where no results are given
-        outs, again = again, again
+    joined = launchers.most_tiled(max(case.shape.rows)) < case.M and len(parts) > 1
+    if joined:  # one product of all, where no results are given
+        outs = again
     for out, repeated, (weight, bias) in zip(outs, again, parts, strict=True):
         assert torch.equal(out, repeated), "differs when repeated"
         error = largest = total = most = 0.0
@@ -213,7 +217,8 @@ def copies_of(parts: Parts) -> list[Parts]:
 
 def time_case(case: Case, copies: list[Parts]) -> float:
     x = inputs(case.M, case.shape.columns)
-    outs = None if case.M > 128 else [torch.empty(case.M, N, device="cuda", dtype=BF16) for N in case.shape.rows]
+    joined = launchers.most_tiled(max(case.shape.rows)) < case.M and len(case.shape.rows) > 1
+    outs = None if joined else [torch.empty(case.M, N, device="cuda", dtype=BF16) for N in case.shape.rows]
     with configured(case):
         return graph_us([partial(run, x, c, outs) for c in copies[: 2 if case.M > 512 else None]])
 

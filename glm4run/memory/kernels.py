@@ -23,7 +23,8 @@ QUANTO_PACKED_GROUP, QUANTO_PACKED_ROWS, QUANTO_INT8_COLUMNS = 128, 16, 4
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 CPU_TILE_BYTES, CUDA_TILE_BYTES = 2 * MIB, 64 * MIB  # of float32, as kernels/torch_ops.py has them
 PANEL_ROWS, PANEL_COLUMNS = 16, 32  # of kernels/cpu/src/layout.h
-TRITON_MOST_TILED, TRITON_TILE_BYTES, TRITON_TILE_STEP = 64, 64 * MIB, 2048  # of kernels/triton/linear.py
+TRITON_MANY_ROWS, TRITON_MOST_TILED, TRITON_MOST_TILED_OF_FEW = 8192, 64, 32  # of kernels/triton/linear.py
+TRITON_TILE_BYTES, TRITON_TILE_STEP = 64 * MIB, 2048
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def kernel_scratch_bytes(linear: Linear, kernel: Kernel, tokens: int, *, device:
     if kernel == "native":  # quantized activations, at most two bytes a value, with their scales and sums
         return tokens * _up(in_features, 64) * 2 + 8 * tokens * (in_features // 32 + 1)
     if kernel == "triton":
-        return 0 if tokens <= TRITON_MOST_TILED else _triton_tile_rows(linear, dtype_bytes) * in_features * dtype_bytes
+        tiled = TRITON_MOST_TILED if out_features >= TRITON_MANY_ROWS else TRITON_MOST_TILED_OF_FEW
+        return 0 if tokens <= tiled else _triton_tile_rows(linear, dtype_bytes) * in_features * dtype_bytes
     if kernel == "reference":
         return _dequantize_bytes(linear, out_features, dtype_bytes)
     tile = CUDA_TILE_BYTES if device == "cuda" else CPU_TILE_BYTES

@@ -24,7 +24,8 @@ from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, mu
 from glm4run.qformat import WORD_BITS, PackedWeight
 
 MOST_FEW = 4  # rows of x that meet a weight in float32
-MOST_TILED = 64  # beyond, the weight is made dense a tile at a time
+MANY_ROWS = 8192  # weights of as many rows have programs enough, whatever a program takes
+MOST_TILED, MOST_TILED_OF_FEW = 64, 32  # beyond, the weight is made dense a tile at a time: with many rows, with fewer
 TILE_BYTES = 64 << 20  # of a dense tile in x's dtype
 TILE_STEP = 2048  # rows; whole waves of cuBLAS's blocks where there is room for them
 MOST_TOGETHER = 3  # weights of one launch
@@ -55,7 +56,8 @@ class Tiles:
 FEW = {1: Few(8), 2: Few(4, unroll=2), 4: Few(4, unroll=1)}
 # One row of x and int4: whole short rows a step where there are few of them, one step ahead where there are many.
 FEW_SHORT, MANY_SHORT, LONG = Few(4, blocks=128, warps=4, unroll=1), Few(4, unroll=1), Few(4)
-SHORT_BLOCKS, MANY_ROWS = 128, 8192
+SHORT_BLOCKS = 128
+SEVERAL_OF_FEW = Few(4, blocks=64, warps=2, unroll=1)  # several rows of x, few of the weight
 TILES = {16: Tiles(16, 32), 32: Tiles(32, 32), 64: Tiles(64, 64, stages=3)}
 FLOAT32_TILES = Tiles(16, 32, stages=2)
 DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
@@ -152,7 +154,8 @@ def multiply(
     if x.stride(1) != 1:
         x = x.contiguous()
     M = x.shape[0]
-    if outs is None and M > MOST_TILED and _dense_at_once(x, weights, biases):
+    dense = most_tiled(max(weight.spec.out_features for weight in weights)) < M
+    if outs is None and dense and _dense_at_once(x, weights, biases):
         with _on(x.device):
             return _multiply_joined(x, weights, biases)
     if outs is None:
@@ -160,7 +163,7 @@ def multiply(
     if M == 0:
         return list(outs)
     with _on(x.device):
-        if M > MOST_TILED:
+        if dense:
             for weight, bias, out in zip(weights, biases, outs, strict=True):
                 _multiply_dense(x, weight, bias, out)
             return list(outs)
@@ -170,6 +173,11 @@ def multiply(
         for weight, bias, out in zip(weights, biases, outs, strict=True):
             _launch(x, [weight], [bias], [out])
     return list(outs)
+
+
+def most_tiled(out_features: int) -> int:
+    """Rows of x up to which a weight stays packed. `memory.kernels` mirrors it."""
+    return MOST_TILED if out_features >= MANY_ROWS else MOST_TILED_OF_FEW
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -213,7 +221,9 @@ def _launch(
 
 def _choose_few(form: Form, tokens: int, rows: int) -> Few:
     """For up to `tokens` rows of x and `rows` of the weights."""
-    if tokens > 1 or form.bits != 4:
+    if tokens > 1:
+        return FEW[tokens] if rows >= MANY_ROWS else SEVERAL_OF_FEW
+    if form.bits != 4:
         return FEW[tokens]
     if form.words > 4 * SHORT_BLOCKS:
         return LONG

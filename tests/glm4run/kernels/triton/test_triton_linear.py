@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 
 from glm4run.kernels.triton import linear as launchers
 from glm4run.kernels.triton.backend import TritonBackend
-from glm4run.kernels.triton.linear import MOST_FEW, MOST_TILED, TritonWeight, dense_tile_rows, multiply, prepack
+from glm4run.kernels.triton.linear import MOST_FEW, MOST_TILED_OF_FEW, TritonWeight, dense_tile_rows, multiply, prepack
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -167,7 +167,7 @@ def test_several_weights_give_what_each_gives_alone(dtype: torch.dtype) -> None:
             rows = x[:M].to(DEVICE)
             together = backend.linear_together(rows, list(zip(weights, given, strict=True)))
             for got, weight, bias, case in zip(together, weights, given, cases, strict=True):
-                if M <= MOST_TILED:  # beyond, one product has other blocks than three
+                if M <= MOST_TILED_OF_FEW:  # beyond, one product has other blocks than three
                     assert torch.equal(got, backend.linear(rows, weight, bias))
                 check(got, x[:M], case, None if bias is None else bias.cpu())
 
@@ -312,9 +312,10 @@ def test_memory_knows_the_scratch() -> None:
     for (n, k), size in itertools.product(((27392, 4096), (4096, 13696), (33, 256), (9, 1 << 23)), (2, 4)):
         linear = memory.Linear(n, k, QuantScheme(4, 32))
         expected = dense_tile_rows(n, k, size) * k * size
-        for tokens in (1, MOST_FEW, MOST_TILED):
+        tiled = launchers.most_tiled(n)
+        for tokens in (1, MOST_FEW, tiled):
             assert memory.kernel_scratch_bytes(linear, "triton", tokens, device="cuda", dtype_bytes=size) == 0
-        for tokens in (MOST_TILED + 1, 2048):
+        for tokens in (tiled + 1, 2048):
             got = memory.kernel_scratch_bytes(linear, "triton", tokens, device="cuda", dtype_bytes=size)
             assert got == expected
 
