@@ -57,7 +57,7 @@ FEW = {1: Few(8), 2: Few(4, unroll=2), 4: Few(4, unroll=1)}
 # One row of x and int4: whole short rows a step where there are few of them, one step ahead where there are many.
 FEW_SHORT, MANY_SHORT, LONG = Few(4, blocks=128, warps=4, unroll=1), Few(4, unroll=1), Few(4)
 SHORT_BLOCKS = 128
-SEVERAL_OF_FEW = Few(4, blocks=64, warps=2, unroll=1)  # several rows of x, few of the weight
+OF_FEW_ROWS = Few(4, blocks=64, warps=2, unroll=1)  # otherwise, where the weight has few rows: more warps for each
 TILES = {16: Tiles(16, 32), 32: Tiles(32, 32), 64: Tiles(64, 64, stages=3)}
 FLOAT32_TILES = Tiles(16, 32, stages=2)
 DEQUANTIZE_ROWS, DEQUANTIZE_WORDS, DEQUANTIZE_WARPS = 4, 256, 8
@@ -221,10 +221,8 @@ def _launch(
 
 def _choose_few(form: Form, tokens: int, rows: int) -> Few:
     """For up to `tokens` rows of x and `rows` of the weights."""
-    if tokens > 1:
-        return FEW[tokens] if rows >= MANY_ROWS else SEVERAL_OF_FEW
-    if form.bits != 4:
-        return FEW[tokens]
+    if tokens > 1 or form.bits != 4:
+        return FEW[tokens] if rows >= MANY_ROWS else OF_FEW_ROWS
     if form.words > 4 * SHORT_BLOCKS:
         return LONG
     return MANY_SHORT if rows >= MANY_ROWS else FEW_SHORT
