@@ -2,7 +2,7 @@
 
 Decoding reads every weight but the embedding's once a token, and the cache: t = t0 + bytes / (share x bandwidth). The
 fast end is the best share of the bandwidth that any engine was measured to reach on that class; the slow end is the
-worst, behind the time that an eager torch runtime spends in Python each token. glm4run itself is not measured on GPUs.
+worst, behind the time that an eager torch runtime spends in Python each token. glm4run itself is measured on an H100.
 Source: docs/vram.md, "Speed", with the measurements' addresses.
 """
 
@@ -20,7 +20,7 @@ EAGER_OVERHEAD_S = 0.021
 # Class: {bits: (worst, best) share of the bandwidth that was measured}. 8 bits of GDDR cards: between its neighbours.
 _SHARES: dict[str, dict[int, tuple[float, float]]] = {
     "NVIDIA GDDR": {16: (0.73, 0.87), 8: (0.54, 0.87), 4: (0.54, 0.75)},
-    "NVIDIA HBM": {16: (0.39, 0.58), 8: (0.30, 0.46), 4: (0.30, 0.34)},
+    "NVIDIA HBM": {16: (0.39, 0.63), 8: (0.30, 0.46), 4: (0.30, 0.47)},
     "NVIDIA V100": {16: (0.63, 0.70), 8: (0.53, 0.59), 4: (0.40, 0.45)},
     "AMD": {16: (0.51, 0.80), 8: (0.51, 0.70), 4: (0.51, 0.67)},
     "Intel": {16: (0.50, 0.80), 8: (0.50, 0.70), 4: (0.50, 0.64)},
