@@ -19,6 +19,7 @@ from glm4run.interrupts import interrupts_held
 from glm4run.kernels.triton.attention import attend
 from glm4run.kernels.triton.cache import rope_append, why_not
 from glm4run.kernels.triton.elementwise import add_rms_norm, rms_norm, silu_mul
+from glm4run.kernels.triton.launch import current
 from glm4run.kv_cache import KVCache
 from glm4run.kv_format import KVFormat
 from glm4run.kv_rows import KVLayer
@@ -66,7 +67,8 @@ class CapturedForward:
         cache.require(count)
         self.ids[count].copy_(ids)
         self.position.fill_(cache.position)
-        out = self._run(count, cache.layers)
+        with current(self.device):
+            out = self._run(count, cache.layers)
         cache.advance(count)
         return out
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Backend = Annotated[
     str,
-    typer.Option(help="Kernels of packed linears: auto, native, torch, reference, bitsandbytes or quanto"),
+    typer.Option(help="Kernels of packed linears: auto, native, triton, torch, reference, bitsandbytes or quanto"),
 ]
 QuantizeOnLoad = Annotated[
     str | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit import elementwise as jit
+from glm4run.kernels.triton.launch import launch
 
 SILU_BLOCK = 1024
 
@@ -36,20 +37,10 @@ def add_rms_norm(
     size = x.shape[-1]
     residual, out = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     block = triton.next_power_of_2(size)
-    jit.add_rms_norm[(x.numel() // size,)](
-        x,
-        branch,
-        weight if branch_weight is None else branch_weight,
-        weight,
-        residual,
-        out,
-        size,
-        eps,
-        NORMS_BRANCH=branch_weight is not None,
-        **overlap(x.device),
-        BLOCK=block,
-        num_warps=_warps(block),
-    )
+    inner = weight if branch_weight is None else branch_weight
+    constants = {"NORMS_BRANCH": branch_weight is not None, **overlap(x.device), "BLOCK": block}
+    args = (x, branch, inner, weight, residual, out, size, eps)
+    launch(jit.add_rms_norm, (x.numel() // size,), args, constants, num_warps=_warps(block))
     return residual, out
 
 
@@ -58,7 +49,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     size = gate_up.shape[-1] // 2
     out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
     grid = (triton.cdiv(size, SILU_BLOCK), out.numel() // size)
-    jit.silu_mul[grid](gate_up, out, size, **overlap(out.device), BLOCK=SILU_BLOCK)
+    launch(jit.silu_mul, grid, (gate_up, out, size), {**overlap(out.device), "BLOCK": SILU_BLOCK})
     return out
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from glm4run.kernels import LinearSpec
 from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, multiply_tiles
+from glm4run.kernels.triton.launch import current, launch
 from glm4run.qformat import WORD_BITS, PackedWeight
 
 MOST_FEW = 4  # rows of x that meet a weight in float32
@@ -99,45 +99,18 @@ def prepack(weight: PackedWeight, spec: LinearSpec) -> TritonWeight:
     return TritonWeight(weight.packed.contiguous(), weight.scale.contiguous(), zero_point, spec, form)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kernel:
-    """A kernel of `jit` with its constants, and once it has run as the compiled one, which starts in less time.
-
-    Triton looks at every argument of a launch for what the compiled code may count on: 16 bytes' alignment, and dtypes.
-    What is started directly has to have that.
-    """
+    """A kernel of `jit` with its constants."""
 
     jit: Any
     constants: dict[str, int | bool]
     options: dict[str, int | bool]
     rows: int  # of the weight a program
     tokens: int = 1  # rows of x a program
-    compiled: Any = None
-    values: tuple[int | bool, ...] = ()
-    starts_directly: bool = True
 
-    def run(self, grid: tuple[int, int, int], arguments: Sequence[Tensor | int | None], *, alike: bool) -> None:
-        """`alike`: dtypes and strides are those that the kernel was made for."""
-        together, bare = 0, []
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                pointer = argument.data_ptr()
-                together |= pointer
-                bare.append(pointer)
-            else:
-                bare.append(argument)  # type: ignore[arg-type]
-        direct = alike and together % 16 == 0 and self.starts_directly
-        if direct and self.compiled is not None:
-            try:
-                self.compiled[grid](*bare, *self.values)
-                return
-            except TypeError:  # a Triton whose compiled kernels take other arguments
-                self.starts_directly = False
-        compiled = self.jit[grid](*arguments, **self.constants, **self.options)
-        if direct and compiled is not None:  # nothing where it is interpreted
-            names = self.jit.arg_names[len(arguments) :]
-            self.values = tuple(self.constants[name] for name in names)
-            self.compiled = compiled
+    def run(self, grid: tuple[int, int, int], arguments: Sequence[Tensor | int | None]) -> None:
+        launch(self.jit, grid, arguments, self.constants, **self.options)
 
 
 def multiply(
@@ -156,13 +129,13 @@ def multiply(
     M = x.shape[0]
     dense = most_tiled(max(weight.spec.out_features for weight in weights)) < M
     if outs is None and dense and _dense_at_once(x, weights, biases):
-        with _on(x.device):
+        with current(x.device):
             return _multiply_joined(x, weights, biases)
     if outs is None:
         outs = [torch.empty(M, weight.spec.out_features, dtype=x.dtype, device=x.device) for weight in weights]
     if M == 0:
         return list(outs)
-    with _on(x.device):
+    with current(x.device):
         if dense:
             for weight, bias, out in zip(weights, biases, outs, strict=True):
                 _multiply_dense(x, weight, bias, out)
@@ -178,12 +151,6 @@ def multiply(
 def most_tiled(out_features: int) -> int:
     """Rows of x up to which a weight stays packed. `memory.kernels` mirrors it."""
     return MOST_TILED if out_features >= MANY_ROWS else MOST_TILED_OF_FEW
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def _run_together(weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
@@ -205,18 +172,17 @@ def _launch(
     else:
         kernel = _tiles_kernel(form, dtype, x.device, max(_power_of_two(M), 16), len(weights), has_bias)
     arguments: list[Tensor | int | None] = [x]
-    ends, end, alike = [], 0, x.stride(0) % 16 == 0
+    ends, end = [], 0
     for weight, bias, out in zip(weights, biases, outs, strict=True):
         N = weight.spec.out_features
         packed = weight.packed if few else weight.packed.view(torch.uint8)
         arguments += (packed, weight.scale, weight.zero_point, bias, out, N, out.stride(0))
-        alike = alike and out.dtype == dtype and (bias is None or bias.dtype == dtype)
         end += -(-N // kernel.rows)
         ends.append(end)
     arguments += [None] * (7 * (MOST_TOGETHER - len(weights)))
     starts = [*ends[:-1], None, None][: MOST_TOGETHER - 1]  # of the second and the third weight
     arguments += (x.stride(0), M, *starts)
-    kernel.run((end, -(-M // kernel.tokens) if not few else 1, 1), arguments, alike=alike)
+    kernel.run((end, -(-M // kernel.tokens) if not few else 1, 1), arguments)
 
 
 def _choose_few(form: Form, tokens: int, rows: int) -> Few:
@@ -335,4 +301,4 @@ def _dequantize(weight: TritonWeight, first: int, out: Tensor) -> None:
     """Rows of the weight from `first` on, dense, to out [count, K]."""
     count, kernel = out.shape[0], _dense_kernel(weight.form, out.dtype, out.device)
     grid = (-(-weight.form.words // DEQUANTIZE_WORDS), -(-count // DEQUANTIZE_ROWS), 1)
-    kernel.run(grid, (weight.packed, weight.scale, weight.zero_point, out, first, count), alike=True)
+    kernel.run(grid, (weight.packed, weight.scale, weight.zero_point, out, first, count))

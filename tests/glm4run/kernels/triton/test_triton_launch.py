@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,29 +9,31 @@ import torch
 
 pytest.importorskip("triton")
 
-from glm4run.kernels.triton import launch as module
-from glm4run.kernels.triton.launch import launch
+from glm4run.kernels.triton.launch import Argument, Launcher
 
 
 class Compiled:
-    function, packed_metadata = "function", "metadata"
+    """What Triton compiled: started with everything in order."""
 
-    def __init__(self) -> None:
-        self.runs: list[tuple[Any, ...]] = []
+    def __init__(self, *, takes_constants: bool) -> None:
+        self.takes_constants = takes_constants
+        self.starts: list[tuple[Any, ...]] = []
 
-    def launch_metadata(self, *_: Any) -> None:
-        return None
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def start(*args: Any) -> None:
+            if not self.takes_constants:
+                raise TypeError("function takes exactly 12 arguments (14 given)")
+            self.starts.append((grid, args))
 
-    def run(self, *args: Any) -> None:
-        self.runs.append(args)
+        return start
 
 
 class Kernel:
     arg_names = ("x", "size", "FIRST", "SECOND")
 
-    def __init__(self) -> None:
+    def __init__(self, *, takes_constants: bool = True) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.compiled = Compiled()
+        self.compiled = Compiled(takes_constants=takes_constants)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def call(*args: Any, **rest: Any) -> Compiled:
@@ -52,28 +53,26 @@ def on_cuda(first: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(64, dtype=dtype).as_subclass(OnCuda)[first:]
 
 
-@pytest.fixture(autouse=True)
-def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_compiled", {})
-    monkeypatch.setattr(
-        module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: "stream"))
-    )
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Launcher()
 
 
-def test_the_second_launch_is_the_compiled_kernels_with_constants_in_their_places() -> None:
+def test_the_second_launch_is_the_compiled_kernels_with_constants_in_their_places(launch: Launcher) -> None:
     kernel, x = Kernel(), on_cuda()
     constants = {"SECOND": 2, "launch_pdl": True, "FIRST": 1}
     launch(kernel, (7,), (x, 32), constants, num_warps=4)
-    assert kernel.calls == [((7,), (x, 32), {**constants, "num_warps": 4})] and not kernel.compiled.runs
+    assert kernel.calls == [((7, 1, 1), (x, 32), {**constants, "num_warps": 4})] and not kernel.compiled.starts
     launch(kernel, (8, 2), (x, 48), constants, num_warps=4)
-    (run,) = kernel.compiled.runs
-    assert len(kernel.calls) == 1 and run[:6] == (8, 2, 1, "stream", "function", "metadata")
-    assert run[9] is x and run[10:] == (48, 1, 2)
+    ((grid, args),) = kernel.compiled.starts
+    assert len(kernel.calls) == 1 and grid == (8, 2, 1)
+    assert args[0] is x and args[1:] == (48, 1, 2)
 
 
-def test_what_a_kernel_may_be_specialized_on_is_looked_at_again() -> None:
+def test_what_a_kernel_may_be_specialized_on_is_looked_at_again(launch: Launcher) -> None:
     kernel = Kernel()
-    launches: list[tuple[tuple[torch.Tensor | int | float, ...], int, int]] = [
+    launches: list[tuple[tuple[Argument, ...], int, int]] = [
         ((on_cuda(), 32), 1, 4),
         ((on_cuda(1), 32), 1, 4),
         ((on_cuda(dtype=torch.float16), 32), 1, 4),
@@ -81,17 +80,26 @@ def test_what_a_kernel_may_be_specialized_on_is_looked_at_again() -> None:
         ((on_cuda(), 1), 1, 4),
         ((on_cuda(), 1 << 32), 1, 4),
         ((on_cuda(), 0.5), 1, 4),
+        ((on_cuda(), None), 1, 4),
         ((on_cuda(), on_cuda()), 1, 4),
         ((on_cuda(), 32), 2, 4),
         ((on_cuda(), 32), 1, 8),
     ]
     for args, first, warps in 2 * launches:
         launch(kernel, (1,), args, {"FIRST": first, "SECOND": 0}, num_warps=warps)
-    assert len(kernel.calls) == len(kernel.compiled.runs) == len(launches)
+    assert len(kernel.calls) == len(kernel.compiled.starts) == len(launches)
 
 
-def test_elsewhere_the_launch_is_tritons() -> None:
+def test_compiled_kernels_that_take_other_arguments_are_started_through_triton(launch: Launcher) -> None:
+    kernel = Kernel(takes_constants=False)
+    for size in range(4):
+        launch(kernel, (3,), (on_cuda(), 32 + 32 * size), {"FIRST": 1, "SECOND": 2})
+    assert [args[1] for _, args, _ in kernel.calls] == [32, 64, 96, 128]
+    assert not launch.starts_directly
+
+
+def test_elsewhere_the_launch_is_tritons(launch: Launcher) -> None:
     kernel = Kernel()
     for _ in range(2):
         launch(kernel, (1,), (torch.zeros(4), 4), {"FIRST": 1, "SECOND": 2}, num_warps=4)
-    assert len(kernel.calls) == 2 and not kernel.compiled.runs
+    assert len(kernel.calls) == 2 and not kernel.compiled.starts

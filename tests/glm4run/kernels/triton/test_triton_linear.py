@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -219,49 +218,6 @@ def test_a_model_s_linears_run_in_it() -> None:
     for got, (packed, dense) in zip(linear_together([p for p, _ in linears], x.to(DEVICE)), linears, strict=True):
         torch.testing.assert_close(got.cpu().float(), dense(x.float()), rtol=3e-2, atol=3e-2)
         assert "backend=triton" in repr(packed)
-
-
-class Recorder:
-    """A kernel of Triton's that notes how it is launched; the compiled one is it again."""
-
-    arg_names = ("x", "bias", "count", "BLOCK", "EXACT")
-
-    def __init__(self, *, takes_constants: bool = True) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-        self.takes_constants = takes_constants
-
-    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Recorder]:
-        def launch(*arguments: object, **named: object) -> Recorder:
-            if not named and not self.takes_constants:
-                raise TypeError("function takes exactly 12 arguments (14 given)")
-            self.launches.append((grid, arguments, named))
-            return self
-
-        return launch
-
-
-def test_a_compiled_kernel_is_started_directly_where_it_may_be() -> None:
-    jit, x = Recorder(), torch.zeros(64)
-    named = {"EXACT": True, "BLOCK": 8, "num_warps": 2}
-    kernel = launchers.Kernel(jit, {"EXACT": True, "BLOCK": 8}, {"num_warps": 2}, rows=1)
-    kernel.run((3, 1, 1), [x, None, 5], alike=False)  # of another dtype: what is compiled then is not kept
-    kernel.run((3, 1, 1), [x[1:], None, 5], alike=True)  # not aligned: neither
-    kernel.run((3, 1, 1), [x, None, 5], alike=True)
-    kernel.run((4, 1, 1), [x, None, 6], alike=True)
-    kernel.run((4, 1, 1), [x[1:], None, 6], alike=True)
-    kernel.run((4, 1, 1), [x, None, 6], alike=False)
-    through, direct = jit.launches[:3] + jit.launches[4:], jit.launches[3]
-    assert direct == ((4, 1, 1), (x.data_ptr(), None, 6, 8, True), {})
-    assert all(launch[2] == named for launch in through)
-    assert through[-1][1] == (x, None, 6)
-
-
-def test_a_compiled_kernel_with_other_arguments_is_started_through_triton() -> None:
-    jit, x = Recorder(takes_constants=False), torch.zeros(64)
-    kernel = launchers.Kernel(jit, {"EXACT": True, "BLOCK": 8}, {"num_warps": 2}, rows=1)
-    for count in range(4):
-        kernel.run((3, 1, 1), [x, None, count], alike=True)
-    assert [launch[1][2] for launch in jit.launches] == [0, 1, 2, 3]
 
 
 # The backend
