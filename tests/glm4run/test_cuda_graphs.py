@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -103,6 +106,45 @@ def test_what_is_captured_is_the_modules_forward(layout: Layout, dtype: str, kep
     with pytest.raises(ValueError, match="holds 40 tokens"):
         caches[1].position = 40
         model(torch.tensor([1]), caches[1])
+
+
+class Recorded(CapturedForward):
+    """Graphs whose replay runs again what was recorded, into the same result."""
+
+    def __init__(self, model: Glm4Model, chunk: int) -> None:
+        super().__init__(model, CPU, chunk)
+        self.launched: list[int] = []  # tokens of each forward that was not a replay
+
+    def _forward(self, count: int, caches: list[KVLayer]) -> Tensor:
+        self.launched.append(count)
+        return super()._forward(count, caches)
+
+    def _capture(self, count: int, layers: list[KVLayer]) -> tuple[Any, Tensor]:
+        out = torch.zeros(count, self.model.config.hidden_size, dtype=self.model.dtype)
+        again, kept = super()._forward, [weakref.ref(layer) for layer in layers]  # a graph holds no cache either
+        return SimpleNamespace(replay=lambda: out.copy_(again(count, [cast(KVLayer, layer()) for layer in kept]))), out
+
+
+def test_a_forward_is_launched_once_and_captured_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glm4run.cuda_graphs.LARGER_CHUNKS", (3,))
+    model = model_of("glm", "fp32", TritonOps())
+    captured = Recorded(model, 3)
+    assert [captured.takes(count) for count in (1, 2, 3)] == [True, False, True]
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+    for whole, rows in ((captured, found), (None, expected)):
+        model.whole = whole
+        caches = [cache_of(model, "16"), cache_of(model, "16")]
+        for cache in caches:
+            rows += [model.hidden_states(torch.tensor(IDS[first : first + 3]), cache) for first in (0, 3)]
+            rows += [model.hidden_states(torch.tensor([token]), cache) for token in IDS[6:9]]
+            assert cache.position == 9
+    assert captured.launched == 2 * [3, 1]  # of each cache; what came again was replayed
+    for row, wanted in zip(found, expected, strict=True):  # also those before the last: a result is its caller's
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+    del caches, cache
+    gc.collect()
+    assert not captured._graphs
 
 
 @pytest.mark.parametrize("head_dim", [8, 24])
