@@ -21,9 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
     size = x.shape[-1]
     out = torch.empty_like(x, dtype=dtype)
     block = triton.next_power_of_2(size)
-    jit.rms_norm[(x.numel() // size,)](
-        x, weight, out, size, eps, **overlap(x.device), BLOCK=block, num_warps=_warps(block)
-    )
+    constants = {**overlap(x.device), "BLOCK": block}
+    launch(jit.rms_norm, (x.numel() // size,), (x, weight, out, size, eps), constants, num_warps=_warps(block))
     return out
 
 
