@@ -166,7 +166,8 @@ def _graph_term(run: Run, context_len: int) -> tuple[Term]:
         for count in counts
     )
     multiplies = len(counts) > 1 or any(kernel == "dense" for _, kernel in run.compute.kernels.values())
-    formula = f"tensors of captured forwards of {' and '.join(map(str, counts))} tokens"
+    of = "a token" if len(counts) == 1 else f"a token, and of {run.chunk}"
+    formula = f"tensors of the captured forward of {of}"
     return (
         Term(
             "cuda_graphs",
