@@ -26,6 +26,8 @@ def block(size):
     address = libc.malloc(size)
     ctypes.memset(address, 1, size)
     return address
+for _ in range(100):
+    block(100_000)  # so that no hole that importing has left is large enough for those below
 libc.free(block(16 << 20))
 before = resident_bytes()
 large = []
