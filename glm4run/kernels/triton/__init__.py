@@ -29,6 +29,18 @@ def why_missing(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"it needs compute capability {_dotted(LEAST_CAPABILITY)}, this device has {_dotted(capability)}"
+    return _why_not_started()
+
+
+def _why_not_started() -> str | None:
+    """None where Triton can start kernels. It builds what starts them with a C compiler and Python's headers."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:  # of a compiler, a loader, a driver: whatever it is, another backend runs
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"Triton cannot start kernels, for which it needs a C compiler and Python's headers: {first}"
     return None
 
 

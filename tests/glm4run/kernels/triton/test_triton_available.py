@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,22 @@ pytest.importorskip("triton")
 CUDA = torch.device("cuda")
 
 
-def why(monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int] = (8, 9), triton: str = "3.6.0") -> str | None:
+class FailingDriver:
+    def get_current_device(self) -> int:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore of it.")
+
+
+def why(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    capability: tuple[int, int] = (8, 9),
+    triton: str = "3.6.0",
+    starts: bool = True,
+) -> str | None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("triton.__version__", triton)
+    fake = SimpleNamespace(get_current_device=lambda: 0) if starts else FailingDriver()
+    monkeypatch.setattr("triton.runtime.driver._active", fake)
     why_missing.cache_clear()
     try:
         return why_missing(CUDA)
@@ -35,6 +49,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(monkeypatch, triton="3.3.1") == "it needs triton 3.4, 3.3 is installed"
     too_old = "it needs compute capability 8.0, this device has 7.5"
     assert why(monkeypatch, capability=(7, 5)) == too_old
+    compiler = str(why(monkeypatch, starts=False))
+    assert "needs a C compiler and Python's headers: Failed to find C compiler" in compiler and "More" not in compiler
     monkeypatch.setattr(package, "find_spec", lambda name: None)
     assert why(monkeypatch) == "triton is not installed"
 
