@@ -1,6 +1,6 @@
 """A forward of all layers as a CUDA graph: of one token, and of a whole chunk of a prompt.
 
-A forward of GLM-4-9B is some 360 kernels, for one token of a few microseconds each: launched one after the other from
+A forward of GLM-4-9B is some 400 kernels, for one token of a few microseconds each: launched one after the other from
 Python they take ten times as long as on the card, and still longer than a chunk of 2048 tokens on a fast one. A graph
 of them is launched at once. What changes, the tokens and their position, lies in device memory where the kernels read
 it, so that one graph serves every position of a cache.
@@ -42,8 +42,8 @@ class _Graphs:
 class CapturedForward:
     """`model.WholeForward` by graphs, which go with their cache.
 
-    The first forward of each kind over a cache is launched kernel by kernel, which compiles them. A single token's is
-    captured behind it, a chunk's when a second one comes: what has one chunk only has nothing of a graph.
+    The first forward of each kind over a cache is launched kernel by kernel, which compiles them. It is captured when a
+    second one comes: what has one chunk only has nothing of a graph.
     """
 
     def __init__(self, model: Glm4Model, device: torch.device, chunk: int) -> None:

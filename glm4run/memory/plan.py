@@ -160,22 +160,13 @@ def _weight_terms(run: Run) -> list[Term]:
 def _graph_term(run: Run, context_len: int) -> tuple[Term]:
     """`cuda_graphs`: the tensors of a captured forward stay, beside those of forwards that are not; so does cuBLAS's
     workspace on the stream of the capture."""
-    counts = [1, run.chunk] if run.chunk in LARGER_CHUNKS else [1]
-    tensors = max(
-        forward_peak(run.compute, min(count, context_len), context_len, kv_format=run.kv_format).bytes
-        for count in counts
-    )
-    multiplies = len(counts) > 1 or any(kernel == "dense" for _, kernel in run.compute.kernels.values())
-    of = "a token" if len(counts) == 1 else f"a token, and of {run.chunk}"
-    formula = f"tensors of the captured forward of {of}"
-    return (
-        Term(
-            "cuda_graphs",
-            tensors + (CUBLAS_BYTES if multiplies else 0),
-            "modelled",
-            formula + (", and cuBLAS" if multiplies else ""),
-        ),
-    )
+    chunks = run.chunk in LARGER_CHUNKS
+    most = min(run.chunk, context_len) if chunks else 1  # of the two the larger: they share memory
+    tensors = forward_peak(run.compute, most, context_len, kv_format=run.kv_format).bytes
+    multiplies = chunks or any(kernel == "dense" for _, kernel in run.compute.kernels.values())
+    formula = "tensors of the captured forward of a token" + (f", and of {run.chunk}" if chunks else "")
+    nbytes = tensors + (CUBLAS_BYTES if multiplies else 0)
+    return (Term("cuda_graphs", nbytes, "modelled", formula + (", and cuBLAS" if multiplies else "")),)
 
 
 def _logits_formula(run: Run) -> str:

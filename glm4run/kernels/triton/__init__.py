@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)  # bf16 in the tensor cores, which every kernel counts on
 OVERLAPPING_CAPABILITY = (9, 0)
 LEAST_TRITON, OVERLAPPING_TRITON = (3, 4), (3, 6)  # those of torch 2.8 and 2.11

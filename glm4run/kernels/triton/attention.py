@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.cache import Queries, code_pairs, hadamard, ready, rows_of
@@ -42,7 +43,7 @@ def choose_tiles(rows: int, head_dim: int, key_bits: int, value_bits: int, dtype
     wide = head_dim > 128
     if dtype == torch.float32:  # in the plain units: correct first
         return Tiles(16, 32, 4, 1)
-    block = min(max(16, 1 << (rows - 1).bit_length()), 128)
+    block = min(max(16, next_power_of_2(rows)), 128)
     quantized = min(key_bits, value_bits) < 16
     if block == 16 and quantized and not wide:  # more warps, as they work more for what they read
         return Tiles(16, 128, 8, 2, 128)
@@ -108,7 +109,6 @@ def attend(
     if tiles is None:
         floats = torch.float32 if torch.float32 in (keys.data.dtype, values.data.dtype) else torch.bfloat16
         tiles = choose_tiles(tokens * repeat, head_dim, keys.bits, values.bits, floats)
-    is_pointer = isinstance(start, Tensor)
     if splits is None:
         visible = None if isinstance(start, Tensor) else start + tokens
         splits = choose_splits(tokens, heads, kv_heads, visible, tiles, device)
@@ -120,8 +120,9 @@ def attend(
     sums = scratch[splits * tokens * heads * head_dim :] if split else scratch
     signs = hadamard(head_dim, device) if values.scales is not None else out
     norm = 1 / math.sqrt(head_dim)
-    shape = {"KV_HEADS": kv_heads, "REPEAT": repeat, "D": head_dim, "NORM": norm, "START_IS_POINTER": is_pointer}
-    shape |= {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.positions, **overlap(device)}
+    shape = {"KV_HEADS": kv_heads, "REPEAT": repeat, "D": head_dim, "NORM": norm}
+    shape |= {"START_IS_POINTER": isinstance(start, Tensor), "BLOCK_M": tiles.rows, "BLOCK_N": tiles.positions}
+    shape |= overlap(device)
     key_data, key_scales, key_rows = rows_of(keys)
     value_data, value_scales, value_rows = rows_of(values)
     launch(
@@ -150,7 +151,7 @@ def attend(
         ),
         {
             "SPLIT": split,
-            "PREFETCH": PREFETCHED_ROWS if prefetch and overlap(device)["OVERLAPS"] and split else 0,
+            "PREFETCH": PREFETCHED_ROWS if prefetch and shape["OVERLAPS"] and split else 0,
             "KEY_BITS": keys.bits,
             "VALUE_BITS": values.bits,
             **_scale_widths("KEY", head_dim, keys.bits),
@@ -163,7 +164,7 @@ def attend(
     )
     if split:
         turned = values.scales is not None
-        most = max(FEWEST_SUMMED, 1 << (splits - 1).bit_length())
+        most = max(FEWEST_SUMMED, next_power_of_2(splits))
         chunk = min(most, MOST_SPLITS, (1 << 14) // head_dim)
         part = head_dim if turned or chunk < MOST_SPLITS else min(head_dim, 32)
         launch(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from glm4run.kernels import LinearSpec, Prepacked, WeightSource
@@ -16,7 +15,6 @@ from glm4run.quant_config import Kind
 if TYPE_CHECKING:
     from glm4run.kernels.triton.linear import TritonWeight
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST = 1 << 31  # words of a weight: indices are of 32 bits
 
 
@@ -33,7 +31,7 @@ class TritonBackend:
         missing = package.why_missing(spec.device)
         if missing is not None:
             return missing
-        if spec.dtype not in DTYPES:
+        if spec.dtype not in package.DTYPES:
             return f"it takes bf16, fp16 and fp32, not {spec.dtype}"
         if spec.out_features * spec.in_features * spec.scheme.bits // 32 >= LARGEST:
             return f"a weight of {spec.out_features} x {spec.in_features} is too large for its indices"

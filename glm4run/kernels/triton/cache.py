@@ -14,14 +14,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from glm4run.kernels.triton import overlap
+from glm4run.kernels.triton import DTYPES, overlap
 from glm4run.kernels.triton.jit.cache import write_rows
 from glm4run.kernels.triton.launch import launch
 from glm4run.kv_format import CODES, group_of
 from glm4run.kv_rows import KVLayer, KVRows, turn
 
 MIN_HEAD, MAX_HEAD = 16, 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_TOKENS = 16  # up to which a program takes one row, and turns it stage by stage
 
 

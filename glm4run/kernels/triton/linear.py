@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from glm4run.kernels import LinearSpec
 from glm4run.kernels.triton import overlap
 from glm4run.kernels.triton.jit.linear import dequantize_rows, multiply_rows, multiply_tiles
-from glm4run.kernels.triton.launch import current, launch
+from glm4run.kernels.triton.launch import launch
 from glm4run.qformat import WORD_BITS, PackedWeight
 
 MOST_FEW = 4  # rows of x that meet a weight in float32
@@ -105,7 +106,7 @@ class Kernel:
 
     jit: Any
     constants: dict[str, int | bool]
-    options: dict[str, int | bool]
+    options: dict[str, int]
     rows: int  # of the weight a program
     tokens: int = 1  # rows of x a program
 
@@ -129,21 +130,18 @@ def multiply(
     M = x.shape[0]
     dense = most_tiled(max(weight.spec.out_features for weight in weights)) < M
     if outs is None and dense and _dense_at_once(x, weights, biases):
-        with current(x.device):
-            return _multiply_joined(x, weights, biases)
+        return _multiply_joined(x, weights, biases)
     if outs is None:
         outs = [torch.empty(M, weight.spec.out_features, dtype=x.dtype, device=x.device) for weight in weights]
     if M == 0:
         return list(outs)
-    with current(x.device):
+    if not dense and _run_together(weights, biases):
+        _launch(x, weights, biases, outs)
+        return list(outs)
+    for weight, bias, out in zip(weights, biases, outs, strict=True):
         if dense:
-            for weight, bias, out in zip(weights, biases, outs, strict=True):
-                _multiply_dense(x, weight, bias, out)
-            return list(outs)
-        if _run_together(weights, biases):
-            _launch(x, weights, biases, outs)
-            return list(outs)
-        for weight, bias, out in zip(weights, biases, outs, strict=True):
+            _multiply_dense(x, weight, bias, out)
+        else:
             _launch(x, [weight], [bias], [out])
     return list(outs)
 
@@ -155,22 +153,25 @@ def most_tiled(out_features: int) -> int:
 
 def _run_together(weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
     same_form = all(weight.form == weights[0].form for weight in weights[1:])
-    same_bias = len({bias is None for bias in biases}) == 1
-    return len(weights) <= MOST_TOGETHER and same_form and same_bias
+    return len(weights) <= MOST_TOGETHER and same_form and _all_or_none(biases)
+
+
+def _all_or_none(biases: Sequence[Tensor | None]) -> bool:
+    return len({bias is None for bias in biases}) == 1
 
 
 def _launch(
     x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
 ) -> None:
     """One launch for all weights. They share their form, and have all a bias or none."""
-    M, dtype = x.shape[0], x.dtype
-    few = M <= MOST_FEW
+    M = x.shape[0]
+    tokens, few = next_power_of_2(M), M <= MOST_FEW
     form, has_bias = weights[0].form, biases[0] is not None
     if few:
-        few_rows = _choose_few(form, _power_of_two(M), sum(weight.spec.out_features for weight in weights))
-        kernel = _few_kernel(form, dtype, x.device, _power_of_two(M), few_rows, len(weights), has_bias)
+        blocks = _choose_few(form, tokens, sum(weight.spec.out_features for weight in weights))
+        kernel = _few_kernel(form, x.device, tokens, blocks, len(weights), has_bias)
     else:
-        kernel = _tiles_kernel(form, dtype, x.device, max(_power_of_two(M), 16), len(weights), has_bias)
+        kernel = _tiles_kernel(form, x.dtype, x.device, max(tokens, 16), len(weights), has_bias)
     arguments: list[Tensor | int | None] = [x]
     ends, end = [], 0
     for weight, bias, out in zip(weights, biases, outs, strict=True):
@@ -194,27 +195,24 @@ def _choose_few(form: Form, tokens: int, rows: int) -> Few:
     return MANY_SHORT if rows >= MANY_ROWS else FEW_SHORT
 
 
-def _constants(form: Form) -> dict[str, int | bool]:
-    return {"W": form.words, "BITS": form.bits, "GROUP_WORDS": form.group_words, "HAS_ZEROS": form.has_zeros}
+def _constants(form: Form, device: torch.device) -> dict[str, int | bool]:
+    of_form = {"W": form.words, "BITS": form.bits, "GROUP_WORDS": form.group_words, "HAS_ZEROS": form.has_zeros}
+    return of_form | overlap(device)
 
 
 @functools.cache
-def _few_kernel(
-    form: Form, dtype: torch.dtype, device: torch.device, tokens: int, few: Few, parts: int, has_bias: bool
-) -> Kernel:
-    """For up to `tokens` rows of x in `dtype`."""
-    overlaps = overlap(device)
+def _few_kernel(form: Form, device: torch.device, tokens: int, few: Few, parts: int, has_bias: bool) -> Kernel:
+    """For up to `tokens` rows of x."""
     constants = {
-        **_constants(form),
+        **_constants(form, device),
         "HAS_BIAS": has_bias,
         "PARTS": parts,
-        "OVERLAPS": overlaps["OVERLAPS"],
         "MB": tokens,
         "ROWS": few.rows,
-        "B": min(few.blocks, _power_of_two(form.words // 4 + 1) // 2),  # no more than a row has
+        "B": min(few.blocks, next_power_of_2(form.words // 4 + 1) // 2),  # no more than a row has
         "UNROLL": few.unroll,
     }
-    return Kernel(multiply_rows, constants, _options(overlaps, few.warps), few.rows, tokens)
+    return Kernel(multiply_rows, constants, {"num_warps": few.warps}, few.rows, tokens)
 
 
 @functools.cache
@@ -222,41 +220,25 @@ def _tiles_kernel(
     form: Form, dtype: torch.dtype, device: torch.device, tokens: int, parts: int, has_bias: bool
 ) -> Kernel:
     """For up to `tokens` rows of x in `dtype`, or for more, several programs each."""
-    tiles, overlaps = TILES[min(tokens, max(TILES))], overlap(device)
+    tiles = TILES[min(tokens, max(TILES))]
     if dtype == torch.float32:  # no tensor cores: these are its products one by one
         tiles = FLOAT32_TILES
     constants = {
-        **_constants(form),
+        **_constants(form, device),
         "HAS_BIAS": has_bias,
         "PARTS": parts,
-        "OVERLAPS": overlaps["OVERLAPS"],
         "BM": tiles.tokens,
         "BN": tiles.rows,
         "BYTES": min(tiles.bytes, 16 * form.group_words),  # four groups at most
     }
-    options = _options(overlaps, tiles.warps) | {"num_stages": tiles.stages}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return Kernel(multiply_tiles, constants, options, tiles.rows, tiles.tokens)
 
 
 @functools.cache
-def _dense_kernel(form: Form, dtype: torch.dtype, device: torch.device) -> Kernel:
-    """To rows of `dtype`."""
-    overlaps = overlap(device)
-    constants = {
-        **_constants(form),
-        "OVERLAPS": overlaps["OVERLAPS"],
-        "ROWS": DEQUANTIZE_ROWS,
-        "BW": DEQUANTIZE_WORDS,
-    }
-    return Kernel(dequantize_rows, constants, _options(overlaps, DEQUANTIZE_WARPS), DEQUANTIZE_ROWS)
-
-
-def _options(overlaps: dict[str, bool], warps: int) -> dict[str, int | bool]:
-    return {name: value for name, value in overlaps.items() if name != "OVERLAPS"} | {"num_warps": warps}
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def _dense_kernel(form: Form, device: torch.device) -> Kernel:
+    constants = {**_constants(form, device), "ROWS": DEQUANTIZE_ROWS, "BW": DEQUANTIZE_WORDS}
+    return Kernel(dequantize_rows, constants, {"num_warps": DEQUANTIZE_WARPS}, DEQUANTIZE_ROWS)
 
 
 def dense_tile_rows(out_features: int, in_features: int, element_bytes: int) -> int:
@@ -269,8 +251,7 @@ def dense_tile_rows(out_features: int, in_features: int, element_bytes: int) -> 
 def _dense_at_once(x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> bool:
     """Whether several weights are one product: the dense ones fit a tile, and have all a bias or none."""
     N, K = sum(weight.spec.out_features for weight in weights), x.shape[1]
-    same_bias = len({bias is None for bias in biases}) == 1
-    return len(weights) > 1 and same_bias and dense_tile_rows(N, K, x.element_size()) >= N
+    return len(weights) > 1 and _all_or_none(biases) and dense_tile_rows(N, K, x.element_size()) >= N
 
 
 def _multiply_joined(x: Tensor, weights: Sequence[TritonWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -299,6 +280,6 @@ def _multiply_dense(x: Tensor, weight: TritonWeight, bias: Tensor | None, out: T
 
 def _dequantize(weight: TritonWeight, first: int, out: Tensor) -> None:
     """Rows of the weight from `first` on, dense, to out [count, K]."""
-    count, kernel = out.shape[0], _dense_kernel(weight.form, out.dtype, out.device)
+    count, kernel = out.shape[0], _dense_kernel(weight.form, out.device)
     grid = (-(-weight.form.words // DEQUANTIZE_WORDS), -(-count // DEQUANTIZE_ROWS), 1)
     kernel.run(grid, (weight.packed, weight.scale, weight.zero_point, out, first, count))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from glm4run.kernels.triton.jit.cache import INTERPRETED, bound, narrowed, times
+from glm4run.kernels.triton.jit import INTERPRETED
+from glm4run.kernels.triton.jit.cache import bound, narrowed, times
 from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
 
 MANY_SPLITS = tl.constexpr(64)
@@ -108,7 +109,7 @@ def _nibble(words, step, lowest, i: tl.constexpr):
 # Of a word of eight nibbles u, a code, and the table of steps and lowest levels of 16 bits, lowest + step * u, in pairs
 # of neighbours: behind the bits of 1024 (float16) or 128 (bf16) a nibble is that much more. The table is looked up in
 # here because a load of Triton's own would want another layout than the words have.
-PAIRS_OF_NIBBLES = tl.constexpr("""
+PAIRS_OF_NIBBLES = """
 {
     .reg .b64 at;
     .reg .b32 odd, step, lowest, pair, one, less;
@@ -136,19 +137,20 @@ PAIRS_OF_NIBBLES = tl.constexpr("""
     fma.rn.TYPE pair, pair, one, less;
     fma.rn.TYPE $3, pair, step, lowest;
 }
-""")
-HALVES_OF_NIBBLES = tl.constexpr(
-    PAIRS_OF_NIBBLES.value.replace("TYPE", "f16x2")
-    .replace("ONE", "0x3C003C00")
-    .replace("LESS", "0xE400E400")
-    .replace("BITS", "0x64006400")
-)
-BRAINS_OF_NIBBLES = tl.constexpr(
-    PAIRS_OF_NIBBLES.value.replace("TYPE", "bf16x2")
-    .replace("ONE", "0x3F803F80")
-    .replace("LESS", "0xC300C300")
-    .replace("BITS", "0x43004300")
-)
+"""
+
+
+def _pairs_of_nibbles(kind: str, one: str, less: str, bits: str) -> str:
+    """Of f16x2 or bf16x2; the others are in every half: 1, what the bits are less than 0, and the bits."""
+    named = {"TYPE": kind, "ONE": one, "LESS": less, "BITS": bits}
+    text = PAIRS_OF_NIBBLES
+    for name, value in named.items():
+        text = text.replace(name, value)
+    return text
+
+
+HALVES_OF_NIBBLES = tl.constexpr(_pairs_of_nibbles("f16x2", "0x3C003C00", "0xE400E400", "0x64006400"))
+BRAINS_OF_NIBBLES = tl.constexpr(_pairs_of_nibbles("bf16x2", "0x3F803F80", "0xC300C300", "0x43004300"))
 
 
 @triton.jit

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
 
+from glm4run.kernels.triton.jit import INTERPRETED
 from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
 
-# The interpreter holds bf16 as integers: it can load, store and widen them, but neither multiply nor round them.
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken off again it rounds to the nearest even whole number
 
 
@@ -27,7 +25,10 @@ def bound(x):
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
-    """Float32 to `dtype`, to nearest even."""
+    """Float32 to `dtype`, to nearest even.
+
+    The interpreter holds bf16 as integers: it can load, store and widen them, but neither multiply nor round them.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

@@ -7,15 +7,11 @@ So a value costs one AND, and the power of two goes to the activations, where it
 is shifted. Subnormal operands are as fast as others on a GPU.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from glm4run.kernels.triton.jit import INTERPRETED
 from glm4run.kernels.triton.jit.order import let_others_begin, wait_for_others
-
-# Triton's interpreter multiplies the bits of bf16 operands as if they were integers.
-WIDENS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Activations times 2^(LIFT - p) by words' floats are products times 2^(LIFT - 149). Activations may be up to 2^32.
 LIFT = tl.constexpr(96)
@@ -281,7 +277,7 @@ def _meet(byte, mask: tl.constexpr, p: tl.constexpr, zero, x, acc, DTYPE: tl.con
         x = (x.to(tl.float32) * 2.0 ** (22 - p)).to(DTYPE)
     else:
         values = (_bits(byte, mask) * 2.0**100 * 2.0 ** (49 - p) - zero).to(DTYPE)
-    if WIDENS:
+    if INTERPRETED:  # it multiplies the bits of bf16 as if they were integers
         x, values = x.to(tl.float32), values.to(tl.float32)
     return tl.dot(x, tl.trans(values), acc, input_precision="ieee")
 
