@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -317,7 +318,7 @@ def time_prefill() -> None:
                 with part_quiet(f"prefill {kind}"):
                     layer = random_layer(kind, 32768 + 2048)
                     query = queries(tokens, layer)
-                    seconds = timed(graphed(lambda q=query, c=layer, s=start: attend(q, c, s)), 3)  # type: ignore[misc]
+                    seconds = timed(graphed(partial(attend, query, layer, start)), 3)
                     RESULTS[f"prefill {kind} {tokens} {start}"] = seconds
                     print(
                         f"T {tokens:5} start {start:6} {kind:>4} {seconds * 1e3:7.3f} ms {flops / seconds / 1e12:5.0f}"
@@ -328,12 +329,8 @@ def time_prefill() -> None:
                         torch.randn(1, heads, tokens, D, dtype=torch.bfloat16, device=device())
                         for heads in (HEADS, KV_HEADS, KV_HEADS)
                     )
-                    run = graphed(
-                        lambda q=q, k=k, v=v: F.scaled_dot_product_attention(  # type: ignore[misc]
-                            q, k, v, is_causal=True, enable_gqa=True
-                        )
-                    )
-                    seconds = timed(run, 3)
+                    run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+                    seconds = timed(graphed(run), 3)
                     print(f"T {tokens:5} start {start:6} sdpa {seconds * 1e3:6.3f} ms {flops / seconds / 1e12:5.0f}")
 
 
@@ -344,10 +341,14 @@ def sweep_prefill() -> None:
     for kind, tiles in PREFILL_TILES:
         with part_quiet(f"{kind} {tiles}"):
             query, layer = queries(2048, layers[kind]), layers[kind]
-            run = graphed(lambda q=query, c=layer, t=tiles: attend(q, c, 32768, splits=1, tiles=t))  # type: ignore[misc]
-            seconds = timed(run, 3)
+            seconds = timed(graphed(partial(attend, query, layer, 32768, splits=1, tiles=tiles)), 3)
             shape = (tiles.rows, tiles.positions, tiles.warps, tiles.stages)
             print(f"{kind:>4} {shape!s:18} {flops / seconds / 1e12:4.0f}", flush=True)
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def time_writing() -> None:
@@ -362,11 +363,8 @@ def time_writing() -> None:
             out = torch.empty(HEADS, 1, D, dtype=query.dtype if kind == "16" else torch.float16, device=device())
             cos = torch.ones(1, ROTARY // 2, device=device())
 
-            def run(layers=layers, start=start, q=query, k=key, v=value, c=cos, o=out) -> None:  # type: ignore[no-untyped-def]
-                for layer in layers:
-                    rope_append(q, k, v, c, c, layer, start, o)
-
-            seconds = timed(graphed(run)) / LAYERS
+            writes = [partial(rope_append, query, key, value, cos, cos, layer, start, out) for layer in layers]
+            seconds = timed(graphed(partial(in_turn, writes))) / LAYERS
             RESULTS[f"rope_append {kind}"] = seconds
             line.append(f"{kind} bits {seconds * 1e6:.1f} us")
     print("rope_append, one token, a layer:", ", ".join(line), flush=True)
