@@ -48,20 +48,22 @@ class Ops:
     def attend_alone(self, projected: list[Tensor], head_dim: int, rope: Turns) -> Tensor:
         """Attention of tokens to each other: what the projections made of them, each [..., T, heads * D], to
         [..., T, H * D]. The list is emptied, so that what is not needed any more is gone."""
-        value, key, query = (projected.pop() for _ in range(3))
-        query = self.rope(query, head_dim, *rope)
-        key = self.rope(key, head_dim, *rope)
-        return self.attention(query, key, split_heads(value, head_dim))
+        return self.attention(*self._heads(projected, head_dim, rope))
 
     def attend_new(self, projected: list[Tensor], head_dim: int, rope: Turns, cache: KVLayer, start: int) -> Tensor:
         """The same for the tokens from position `start` on, each [T, heads * D], and all before them, which the cache
         holds; it keeps the new ones."""
+        query, key, value = self._heads(projected, head_dim, rope)
+        self.append(cache, start, key, value)
+        del key, value  # attention reads the cache
+        return self.attend(query, cache, start + query.shape[1])
+
+    def _heads(self, projected: list[Tensor], head_dim: int, rope: Turns) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys turned by their positions, and values: [..., heads, T, D] each. Empties the list."""
         value, key, query = (projected.pop() for _ in range(3))
         query = self.rope(query, head_dim, *rope)
         key = self.rope(key, head_dim, *rope)
-        self.append(cache, start, key, split_heads(value, head_dim))
-        del key, value  # attention reads the cache
-        return self.attend(query, cache, start + query.shape[1])
+        return query, key, split_heads(value, head_dim)
 
     def append(self, cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:
         """Keeps key and value [KVH, T, D] from position `start` on."""
