@@ -23,7 +23,8 @@ from glm4run import machine
 from glm4run.benchmark import ReadProbe
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import active_isa
-from glm4run.kv_format import parse_kv_bits
+from glm4run.kv_format import parse_kv_bits, rows_for
+from glm4run.kv_order import CPU_ORDERS
 from glm4run.kv_rows import KVLayer, new_rows
 from glm4run.memory import parse_size
 from glm4run.ops import Ops
@@ -38,8 +39,8 @@ TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.04
 def filled(kind: str, positions: int) -> KVLayer:
     kept = parse_kv_bits(kind)
     keys, values = (
-        new_rows(KV_HEADS, positions, HEAD_DIM, bits, dtype=torch.bfloat16, device=CPU)
-        for bits in (kept.key_bits, kept.value_bits)
+        new_rows(KV_HEADS, rows_for(positions), HEAD_DIM, bits, dtype=torch.bfloat16, device=CPU, order=order)
+        for bits, order in zip((kept.key_bits, kept.value_bits), CPU_ORDERS, strict=True)
     )
     layer = KVLayer(keys, values)
     for first in range(0, positions, 4096):

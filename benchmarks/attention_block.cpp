@@ -43,16 +43,16 @@ double block_ns(int64_t positions, int bits) {
     fill(keys);
     fill(values);
     for (uint16_t& value : query) value = to_bf16(unit(random));
-    const auto rows = [&](const std::vector<uint8_t>& data) {
+    const auto rows = [&](const std::vector<uint8_t>& data, Order order) {
         const auto* side = bits == 8 ? reinterpret_cast<const uint8_t*>(scales.data()) : nullptr;
-        return CacheRows{data.data(), side, WIDTH, bits == 8 ? WIDTH : 0, bits, G4_BF16};
+        return CacheRows{data.data(), side, WIDTH, bits == 8 ? WIDTH : 0, bits, G4_BF16, order};
     };
     AttentionRows attention{};
     attention.query = query.data();
     attention.query_token = HEADS * WIDTH;
     attention.query_head = WIDTH;
-    attention.keys = rows(keys);
-    attention.values = rows(values);
+    attention.keys = rows(keys, Order::UNSIGNED);
+    attention.values = rows(values, Order::FOURS);
     attention.heads = HEADS;
     attention.seen = positions;
     attention.dtype = G4_BF16;

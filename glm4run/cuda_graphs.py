@@ -133,7 +133,7 @@ def captured_forward(model: Glm4Model, device: torch.device, kv_format: KVFormat
         return None
     if any(module.backend.name not in CAPTURED_BACKENDS for module in packed):
         return None
-    kept = KVCache(config, 1, dtype=dtype, device=device, kv_format=kv_format).layers[0]
+    kept = KVCache(config, 1, dtype=dtype, device=device, kv_format=kv_format, for_cpu=False).layers[0]
     if why_not(kept, config.num_attention_heads, config.head_dim, dtype) is not None:
         return None
     return CapturedForward(model, device, chunk)

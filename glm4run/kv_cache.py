@@ -14,7 +14,8 @@ from torch import Tensor
 
 from glm4run.config import ModelConfig
 from glm4run.huge_pages import collapse
-from glm4run.kv_format import KVFormat
+from glm4run.kv_format import KVFormat, rows_for
+from glm4run.kv_order import CPU_ORDERS, Order
 from glm4run.kv_rows import KVLayer, KVRows, new_rows
 
 COLLAPSE_TOKENS = 4096  # so often are full pages looked for
@@ -36,20 +37,27 @@ class KVCache:
         device: torch.device,
         kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
         key_offsets: Sequence[Tensor] = (),
+        for_cpu: bool | None = None,
     ) -> None:
         """`key_offsets`: of each layer float32 [KVH, D], what its keys have in common (`key_offset.py`); none are taken
-        off where there are none."""
+        off where there are none. `for_cpu`: whether rows of 8 bits lie as a CPU's instructions take them; None: where
+        they are on one."""
         self.capacity = capacity
         self.position = 0
         self.format = kv_format
         self._collapsed = 0  # tokens
-        heads, width = config.num_key_value_heads, config.head_dim
+        heads, room, width = config.num_key_value_heads, rows_for(capacity), config.head_dim
+        arranged = device.type == "cpu" if for_cpu is None else for_cpu
+        key_order, value_order = CPU_ORDERS if arranged else (Order.ROWS, Order.ROWS)
 
-        def rows(bits: int, offset: Tensor | None = None) -> KVRows:
-            return new_rows(heads, capacity, width, bits, dtype=dtype, device=device, offset=offset)
+        def rows(bits: int, order: Order, offset: Tensor | None = None) -> KVRows:
+            return new_rows(heads, room, width, bits, dtype=dtype, device=device, offset=offset, order=order)
 
         offsets: Sequence[Tensor | None] = key_offsets or [None] * config.num_hidden_layers
-        self.layers = [KVLayer(rows(kv_format.key_bits, offset), rows(kv_format.value_bits)) for offset in offsets]
+        self.layers = [
+            KVLayer(rows(kv_format.key_bits, key_order, offset), rows(kv_format.value_bits, value_order))
+            for offset in offsets
+        ]
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key and value [KVH, T, D] behind `position`; returns all so far [KVH, position + T, D], as they read.
@@ -86,15 +94,13 @@ class KVCache:
         return self.layers[layer].tensors()
 
     def rows(self, layer: int, start: int, end: int) -> dict[str, Tensor]:
-        """What a layer holds of the tokens `start` to `end`, by name: views, the token axis second."""
-        return {name: tensor[:, start:end] for name, tensor in self.tensors(layer).items()}
+        """What a layer holds of the tokens `start` to `end`, by name, the token axis second: the same in whatever order
+        it lies, and views where it lies as rows."""
+        return self.layers[layer].rows(start, end)
 
     def restore(self, layer: int, start: int, rows: dict[str, Tensor]) -> None:
         """Writes what `rows` gave back at `start`; `position` stays. Raises ValueError where shape or dtype differ."""
-        for name, target in self.rows(layer, start, start + next(iter(rows.values())).shape[1]).items():
-            if rows[name].shape != target.shape or rows[name].dtype != target.dtype:
-                raise ValueError(f"{name} are {rows[name].dtype} {tuple(rows[name].shape)}, the cache's are not")
-            target.copy_(rows[name])
+        self.layers[layer].restore(start, rows)
 
     def copy_from(self, other: KVCache, count: int) -> None:
         """Becomes the first `count` tokens of `other`, a cache of the same model and format: the same bits.
@@ -108,8 +114,9 @@ class KVCache:
         if not 0 <= count <= min(other.position, self.capacity):
             raise ValueError(f"{count} tokens of {other.position} do not go into a cache of {self.capacity}")
         if other is not self:
-            for layer in range(len(self.layers)):
-                self.restore(layer, 0, other.rows(layer, 0, count))
+            for mine, theirs in zip(self.layers, other.layers, strict=True):
+                mine.keys.copy_from(theirs.keys, count)
+                mine.values.copy_from(theirs.values, count)
         self.position = count
         self._collapse()
 

@@ -10,6 +10,7 @@ BITS = (16, 8, 4)
 GROUPS = {8: 128, 4: 8}  # values of a row that share a scale, or a code; a row that is no multiple of that is one group
 LEVELS = {8: 127, 4: 15}
 SCALE_BYTES, CODE_BITS = 2, 6
+ROWS_TOGETHER = 4  # so many rows of 8 bits may lie side by side
 
 # Steps and lowest levels of a group in 4 bits, in units of its row's scale; with their mirror images they are 64, and a
 # group's code is the index of one. `benchmarks/kv_codes.py` chooses them. The native library has them too.
@@ -57,6 +58,11 @@ def parse_kv_bits(value: str | int | KVFormat) -> KVFormat:
 def group_of(bits: int, head_dim: int) -> int:
     """Values of a row that share a scale: the format's group, the whole row where it is no multiple of that."""
     return GROUPS[bits] if head_dim % GROUPS[bits] == 0 else head_dim
+
+
+def rows_for(tokens: int) -> int:
+    """Rows that a cache of so many tokens has: a multiple of four, in whatever format."""
+    return -(-tokens // ROWS_TOGETHER) * ROWS_TOGETHER
 
 
 def row_bytes(head_dim: int, bits: int, float_bytes: int) -> int:

@@ -12,6 +12,8 @@ is kept are integers:
     8 bits  x = scale * q                   q in -127 .. 127   scale float16, of a group of 128
     4 bits  x = scale * (lowest + step * u) u in 0 .. 15       scale float16, of the row; step, lowest of a group of 8
 
+In memory the integers q may lie in another order (`kv_order.py`).
+
 Step and lowest level are integers too, one of 64 pairs (`kv_format.CODES`), so that 4 bits become 8 bits of one scale a
 row without a rounding. A group takes the pair that leaves the least squared error. Of u the even dimensions are in
 bytes' low halves. A row's scale and its groups' codes, 6 bits each from the lowest up, are bytes side by side.
@@ -30,22 +32,24 @@ import torch
 from torch import Tensor
 
 from glm4run.errors import UsageError
-from glm4run.kv_format import CODE_BITS, CODES, LEVELS, SCALE_BYTES, group_of, tensor_widths
+from glm4run.kv_format import CODE_BITS, CODES, LEVELS, SCALE_BYTES, group_of, rows_for, tensor_widths
+from glm4run.kv_order import Order, put, taken
 
 
 @dataclass(frozen=True, eq=False)
 class KVRows:
     """Keys, or values, of one layer and one sequence.
 
-    data: [KVH, S, D] floats (16 bits) or int8 (8 bits); uint8 [KVH, S, D / 2] (4 bits). scales: float16
-    [KVH, S, groups] (8 bits); uint8 [KVH, S, 2 + codes] (4 bits); None for floats. offset: float32 [KVH, D], taken from
-    every row before it is quantized.
+    data: [KVH, S, D] floats (16 bits) or bytes in some `order` (8 bits); uint8 [KVH, S, D / 2] (4 bits). scales:
+    float16 [KVH, S, groups] (8 bits); uint8 [KVH, S, 2 + codes] (4 bits); None for floats. offset: float32 [KVH, D],
+    taken from every row before it is quantized.
     """
 
     data: Tensor
     scales: Tensor | None = None
     bits: int = 16
     offset: Tensor | None = None
+    order: Order = Order.ROWS
 
     @property
     def head_dim(self) -> int:
@@ -55,14 +59,35 @@ class KVRows:
         """The memory by name, the token axis second."""
         return {"": self.data} if self.scales is None else {"": self.data, "_scales": self.scales}
 
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """The same of the rows `start` to `end`, in the order of rows: views where memory has them so."""
+        kept = {name: tensor[:, start:end] for name, tensor in self.tensors().items()}
+        return {**kept, "": taken(self.data, self.order, start, end)}
+
+    def restore(self, start: int, rows: dict[str, Tensor]) -> None:
+        """Writes what `rows` gave back at `start`. Raises ValueError where shape or dtype differ."""
+        end = start + rows[""].shape[1]
+        for name, target in self.tensors().items():
+            kept, wanted = rows[name], target[:, start:end].shape
+            kind = torch.int8 if self.bits == 8 and not name else target.dtype
+            if kept.shape != wanted or kept.dtype != kind:
+                raise ValueError(f"rows are {kept.dtype} {tuple(kept.shape)}, expected were {kind} {tuple(wanted)}")
+        put(self.data, self.order, start, rows[""])
+        if self.scales is not None:
+            self.scales[:, start:end] = rows["_scales"]
+
+    def copy_from(self, other: KVRows, count: int) -> None:
+        """Becomes the first `count` rows of `other`, which has the same format and order."""
+        end = rows_for(count) if self.order is Order.FOURS else count
+        for target, source in zip(self.tensors().values(), other.tensors().values(), strict=True):
+            target[:, :end] = source[:, :end]
+
     def write(self, start: int, rows: Tensor) -> None:
         """Keeps rows [KVH, T, D] from position `start` on."""
-        end = start + rows.shape[-2]
-        if self.scales is None:
-            self.data[:, start:end] = rows
-        else:
+        if self.scales is not None:
             kept = rows if self.offset is None else rows.float() - self.offset[:, None]
-            self.data[:, start:end], self.scales[:, start:end] = quantize_rows(kept, self.bits)
+            rows, self.scales[:, start : start + rows.shape[-2]] = quantize_rows(kept, self.bits)
+        put(self.data, self.order, start, rows)
 
     def read(self, end: int) -> Tensor:
         """The first `end` rows [KVH, end, D] as they were written, up to rounding: a view where they are floats."""
@@ -75,7 +100,7 @@ class KVRows:
         """The same; but quantized rows in float32 as they are kept: turned, and without the offset."""
         if self.scales is None:
             return self.data[:, :end]
-        return dequantize_rows(self.data[:, :end], self.scales[:, :end], self.bits)
+        return dequantize_rows(taken(self.data, self.order, 0, end), self.scales[:, :end], self.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +116,22 @@ class KVLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The memory by name, the token axis second."""
-        named = {"keys": self.keys, "values": self.values}
-        return {name + part: tensor for name, rows in named.items() for part, tensor in rows.tensors().items()}
+        return _named(self.keys.tensors(), self.values.tensors())
+
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """`KVRows.rows` of both, by name."""
+        return _named(self.keys.rows(start, end), self.values.rows(start, end))
+
+    def restore(self, start: int, rows: dict[str, Tensor]) -> None:
+        """Writes what `rows` gave back at `start`. Raises ValueError where shape or dtype differ."""
+        for name, kept in (("keys", self.keys), ("values", self.values)):
+            kept.restore(start, {part: rows[name + part] for part in kept.tensors()})
+
+
+def _named(keys: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name + part: tensor for name, parts in (("keys", keys), ("values", values)) for part, tensor in parts.items()
+    }
 
 
 def new_rows(
@@ -104,10 +143,12 @@ def new_rows(
     dtype: torch.dtype,
     device: torch.device,
     offset: Tensor | None = None,
+    order: Order = Order.ROWS,
 ) -> KVRows:
     """Room for `capacity` rows. Nothing is touched: a page costs memory only once a token has been written to it.
 
-    `offset` [KVH, D] is taken from rows that are quantized; floats are kept as they are.
+    `offset` [KVH, D] is taken from rows that are quantized; floats are kept as they are. `order` is of rows of 8 bits;
+    others have one.
 
     Raises:
         UsageError: `bits` is 4 and the head's width is odd.
@@ -116,12 +157,15 @@ def new_rows(
         return KVRows(torch.empty(kv_heads, capacity, head_dim, dtype=dtype, device=device))
     if bits == 4 and head_dim % 2:
         raise UsageError(f"heads of {head_dim} values cannot be kept in 4 bits", hint="use --kv-bits 8")
-    kinds = (torch.int8, torch.float16) if bits == 8 else (torch.uint8, torch.uint8)
+    order = order if bits == 8 else Order.ROWS
+    assert order is not Order.FOURS or capacity == rows_for(capacity)
+    signed = bits == 8 and order is not Order.UNSIGNED
+    kinds = torch.int8 if signed else torch.uint8, torch.float16 if bits == 8 else torch.uint8
     data, scales = (
         torch.empty(kv_heads, capacity, width // kind.itemsize, dtype=kind, device=device)
         for width, kind in zip(tensor_widths(head_dim, bits, 0), kinds, strict=True)
     )
-    return KVRows(data, scales, bits, offset)
+    return KVRows(data, scales, bits, offset, order)
 
 
 def turn(rows: Tensor) -> Tensor:

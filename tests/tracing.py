@@ -140,10 +140,17 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def trace_forward(
-    model: Glm4Model, context: int, chunk: int, *, every_position: bool = False, kept: str = "16"
+    model: Glm4Model,
+    context: int,
+    chunk: int,
+    *,
+    every_position: bool = False,
+    kept: str = "16",
+    for_cpu: bool = False,
 ) -> MemoryTrace:
     """The last chunk of a prompt that fills a context; `every_position`: with the logits of all of the chunk."""
-    cache = KVCache(model.config, context, dtype=model.dtype, device=META, kv_format=parse_kv_bits(kept))
+    kv_format = parse_kv_bits(kept)
+    cache = KVCache(model.config, context, dtype=model.dtype, device=META, kv_format=kv_format, for_cpu=for_cpu)
     cache.position = context - chunk
     ids = torch.zeros(chunk, dtype=torch.long, device=META)
     out = torch.empty(chunk, model.config.vocab_size, device=META)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm4run.config import ModelConfig
-from glm4run.kv_format import KVFormat, row_bytes, tensor_widths
+from glm4run.kv_format import KVFormat, row_bytes, rows_for, tensor_widths
 from glm4run.memory.allocator import reserved_for_equal
 from glm4run.memory.heap import kept_block_bytes
 from glm4run.memory.overhead import CUBLAS_BYTES, Overhead
@@ -95,8 +95,8 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     key_bytes, value_bytes = (
         row_bytes(config.head_dim, bits, compute.dtype_bytes) for bits in (kv_format.key_bits, kv_format.value_bits)
     )
-    heads = config.num_hidden_layers * config.num_key_value_heads
-    kv_cache = heads * (key_bytes + value_bytes) * context_len * compute.batch
+    heads, rows = config.num_hidden_layers * config.num_key_value_heads, rows_for(context_len)
+    kv_cache = heads * (key_bytes + value_bytes) * rows * compute.batch
     moment = forward_peak(
         compute, chunk, context_len, logits_rows=run.logits_rows, every_position=run.every_logits, kv_format=kv_format
     )
@@ -110,7 +110,7 @@ def plan_run(run: Run, context_len: int) -> MemoryPlan:
     batch = f" x {compute.batch} sequences" if compute.batch > 1 else ""
     terms = [
         *weights,
-        Term("kv_cache", kv_cache, "exact", f"{per_token} x {context_len} tokens{batch}"),
+        Term("kv_cache", kv_cache, "exact", f"{per_token} x {rows} tokens{batch}"),
         Term(
             "prefill_activations",
             moment.bytes - attention - logits,
@@ -191,7 +191,7 @@ def _slack(run: Run, context_len: int) -> int:
     the sum never shrinks as the context grows.
     """
     config = run.config
-    rows = config.num_key_value_heads * context_len * run.compute.batch
+    rows = config.num_key_value_heads * rows_for(context_len) * run.compute.batch
     cache = 0
     for bits in (run.kv_format.key_bits, run.kv_format.value_bits):
         for width in tensor_widths(config.head_dim, bits, run.compute.dtype_bytes):

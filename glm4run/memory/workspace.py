@@ -271,7 +271,8 @@ def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
     if bits == 16:
         return (0 if compute.dtype_bytes == 4 else 4 * values), 0
     scales = 4 * rows * (config.head_dim // group_of(bits, config.head_dim))
-    return 4 * values, (values if bits == 4 else 0) + scales
+    another_order = bits == 8 and compute.device == "cpu"  # `kv_order.py`
+    return 4 * values, (values if bits == 4 or another_order else 0) + scales
 
 
 def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_format: KVFormat) -> None:

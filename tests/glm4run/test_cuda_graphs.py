@@ -73,7 +73,8 @@ def model_of(layout: Layout, dtype: str, ops: Ops) -> Glm4Model:
 
 
 def cache_of(model: Glm4Model, kept: str) -> KVCache:
-    return KVCache(model.config, 40, dtype=model.dtype, device=CPU, kv_format=parse_kv_bits(kept))
+    kv_format = parse_kv_bits(kept)
+    return KVCache(model.config, 40, dtype=model.dtype, device=CPU, kv_format=kv_format, for_cpu=False)
 
 
 @pytest.mark.parametrize(("layout", "dtype"), [("glm", "bf16"), ("glm4", "fp16"), ("glm4", "fp32")])

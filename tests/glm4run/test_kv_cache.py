@@ -53,8 +53,9 @@ def test_a_new_cache_is_empty_and_of_the_planned_size() -> None:
 
 def test_bytes_per_token_of_the_real_shape() -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=40, head_dim=128)
-    cache = KVCache(config, 10, dtype=torch.bfloat16, device=torch.device("meta"))
-    assert cache.nbytes == 10 * 40_960
+    for capacity, rows in ((9, 12), (12, 12), (13, 16)):  # rows of 8 bits may lie in fours
+        cache = KVCache(config, capacity, dtype=torch.bfloat16, device=torch.device("meta"))
+        assert (cache.capacity, cache.nbytes) == (capacity, rows * 40_960)
 
 
 def test_append_returns_everything_so_far() -> None:

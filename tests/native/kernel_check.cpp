@@ -502,25 +502,28 @@ void turn_exactly(double* x, int64_t D) {
     for (int64_t i = 0; i < D; i++) x[i] /= sqrt(double(size));
 }
 
-// Rows of a quantized cache and what their bytes say, still turned: [KVH, capacity, D].
+// Rows of a quantized cache and what their bytes say, still turned: [KVH, capacity, D]. In 8 bits keys are 128 above what they
+// stand for, and values lie in fours: `values`.
 struct KeptRows {
     int64_t each; // bytes beside a row
+    bool values;
     Bytes data, scales;
     G4CacheRows rows;
     std::vector<double> exact;
 
-    KeptRows(int64_t kv_heads, int64_t capacity, int64_t D, int32_t bits)
-        : each(bits == 8 ? 2 : 2 + ((D % 8 != 0 ? 1 : D / 8) * 6 + 7) / 8), data(allocate(kv_heads * capacity * D * bits / 8)),
+    KeptRows(int64_t kv_heads, int64_t capacity, int64_t D, int32_t bits, bool values)
+        : each(bits == 8 ? 2 : 2 + ((D % 8 != 0 ? 1 : D / 8) * 6 + 7) / 8), values(values), data(allocate(kv_heads * capacity * D * bits / 8)),
           scales(allocate(kv_heads * capacity * each)),
           rows{data.get(), scales.get(), bits, int32_t(bits == 8 || D % 8 != 0 ? D : 8), nullptr} {
         memset(data.get(), 0x77, size_t(kv_heads * capacity * D * bits / 8));
     }
-    void decode(int64_t count, int64_t D) {
+    void decode(int64_t count, int64_t D) { // rows of all heads, of each a multiple of four
         exact.resize(size_t(count * D));
         for (int64_t i = 0; i < count * D; i++) {
             const uint8_t* side = scales.get() + i / D * each;
-            const uint8_t byte = data.get()[rows.bits == 8 ? i : i / 2];
-            int32_t number = int8_t(byte);
+            const int64_t row = i / D, in_fours = row / 4 * 4 * D + i % D * 4 + row % 4;
+            const uint8_t byte = data.get()[rows.bits != 8 ? i / 2 : values ? in_fours : i];
+            int32_t number = values ? int8_t(byte) : byte - 128;
             if (rows.bits == 4) {
                 int32_t code = 0;
                 for (int64_t bit = 0, at = i % D / rows.group * 6; bit < 6; bit++, at++)
@@ -541,18 +544,19 @@ void check_quantized_case(int32_t key_bits, int32_t value_bits, int64_t heads, i
     const Numbers query(T * heads * D, G4_FP32, [&](int64_t) { return random.uniform(); });
     Numbers key(S * kv_heads * D, G4_FP32, [&](int64_t i) { return random.uniform() + (i % D == 3 ? 8 : 0); });
     const Numbers value(S * kv_heads * D, G4_FP32, [&](int64_t) { return random.uniform(); });
-    KeptRows keys(kv_heads, S, D, key_bits), values(kv_heads, S, D, value_bits);
-    const G4Cache cache{keys.rows, values.rows, S, G4_FP32};
+    const int64_t room = (S + 3) / 4 * 4;
+    KeptRows keys(kv_heads, room, D, key_bits, false), values(kv_heads, room, D, value_bits, true);
+    const G4Cache cache{keys.rows, values.rows, room, G4_FP32};
     g4_cache_append(&cache, key.memory.get(), value.memory.get(), kv_heads * D, D, G4_FP32, S, kv_heads, D, 0);
-    keys.decode(kv_heads * S, D);
-    values.decode(kv_heads * S, D);
+    keys.decode(kv_heads * room, D);
+    values.decode(kv_heads * room, D);
     for (int64_t h = 0; h < kv_heads; h++)
         for (int64_t s = 0; s < S; s++) {
             double* row = key.exact.data() + (s * kv_heads + h) * D;
             turn_exactly(row, D);
             double most = 0;
             for (int64_t d = 0; d < D; d++) most = std::max(most, fabs(row[d]));
-            const double *kept = keys.exact.data() + (h * S + s) * D;
+            const double *kept = keys.exact.data() + (h * room + s) * D;
             for (int64_t d = 0; d < D && key_bits == 8; d++) errors.add(kept[d], row[d], 0.52 * most / 127 + 2e-3 * most + 1e-6);
             for (int64_t first = 0; first < D && key_bits == 4; first += keys.rows.group) {
                 double square = 0;
@@ -566,7 +570,7 @@ void check_quantized_case(int32_t key_bits, int32_t value_bits, int64_t heads, i
                  reinterpret_cast<float*>(work.get()), out.get());
     for (int64_t t = 0; t < T; t++)
         for (int64_t h = 0; h < heads; h++) {
-            const int64_t seen = S - T + t + 1, kv = h / repeat * S * D;
+            const int64_t seen = S - T + t + 1, kv = h / repeat * room * D;
             std::vector<double> asked(query.exact.begin() + (t * heads + h) * D, query.exact.begin() + (t * heads + h + 1) * D);
             turn_exactly(asked.data(), D);
             std::vector<double> weights(static_cast<size_t>(seen)), sum(static_cast<size_t>(D));

@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 9  # GLM4RUN_ABI in src/abi.h
+ABI = 10  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"

@@ -13,6 +13,7 @@ from torch import Tensor
 from glm4run.kernels.cpu.backend import DTYPE_CODES
 from glm4run.kernels.cpu.library import G4Cache, G4CacheRows, native
 from glm4run.kv_format import group_of
+from glm4run.kv_order import CPU_ORDERS
 from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
@@ -65,7 +66,8 @@ def rope_(x: Tensor, head_dim: int, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def cache_struct(layer: KVLayer) -> G4Cache:
-    """A layer's cache as the library takes it. The tensors must outlive it."""
+    """A layer's cache, which is `in_order`, as the library takes it. The tensors must outlive it."""
+    assert in_order(layer)
     data = layer.keys.data
     floats = layer.keys.data.dtype if layer.keys.scales is None else layer.values.data.dtype
     return G4Cache(
@@ -88,11 +90,16 @@ def _rows_struct(rows: KVRows) -> G4CacheRows:
     )
 
 
+def in_order(layer: KVLayer) -> bool:
+    """Whether rows of 8 bits lie as the library's instructions take them."""
+    both = zip((layer.keys, layer.values), CPU_ORDERS, strict=True)
+    return all(rows.order is order for rows, order in both if rows.bits == 8)
+
+
 def takes_cache(layer: KVLayer, head_dim: int) -> bool:
-    """Whether the library takes the cache: contiguous on the CPU, and no wider than its buffers."""
-    return head_dim <= MAX_QUANTIZED_HEAD and all(
-        t.device.type == "cpu" and t.is_contiguous() for t in layer.tensors().values()
-    )
+    """Whether the library takes the cache: contiguous on the CPU, in its order, and no wider than its buffers."""
+    suits = head_dim <= MAX_QUANTIZED_HEAD and in_order(layer)
+    return suits and all(t.device.type == "cpu" and t.is_contiguous() for t in layer.tensors().values())
 
 
 def append(cache: KVLayer, start: int, key: Tensor, value: Tensor) -> None:

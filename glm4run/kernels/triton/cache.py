@@ -18,6 +18,7 @@ from glm4run.kernels.triton import DTYPES, overlap
 from glm4run.kernels.triton.jit.cache import write_rows
 from glm4run.kernels.triton.launch import launch
 from glm4run.kv_format import CODES, group_of
+from glm4run.kv_order import Order
 from glm4run.kv_rows import KVLayer, KVRows, turn
 
 MIN_HEAD, MAX_HEAD = 16, 256
@@ -47,6 +48,8 @@ def why_not(layer: KVLayer, heads: int, head_dim: int, dtype: torch.dtype) -> st
     for rows in (layer.keys, layer.values):
         if rows.scales is None and rows.data.dtype != dtype:
             return f"the cache is {rows.data.dtype}, queries are {dtype}"
+        if rows.order is not Order.ROWS:
+            return "rows lie in the order of a CPU's instructions"
     for tensor in layer.tensors().values():
         if not tensor[0].is_contiguous():
             return "a head's rows are not one run of memory"

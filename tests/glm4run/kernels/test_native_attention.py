@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from glm4run.kernels.cpu import ops as native
-from glm4run.kv_format import parse_kv_bits
+from glm4run.kv_format import parse_kv_bits, rows_for
+from glm4run.kv_order import CPU_ORDERS
 from glm4run.kv_rows import KVLayer, new_rows, turn
 from tests.native_library import ISAS, each_isa, in_bytes, needs_library, running, same_bits
 
@@ -44,8 +45,8 @@ def layer_of(kept: str, key: Tensor, value: Tensor) -> KVLayer:
     formats, (heads, positions, width) = parse_kv_bits(kept), key.shape
     layer = KVLayer(
         *(
-            new_rows(heads, positions, width, bits, dtype=key.dtype, device=CPU)
-            for bits in (formats.key_bits, formats.value_bits)
+            new_rows(heads, rows_for(positions), width, bits, dtype=key.dtype, device=CPU, order=order)
+            for bits, order in zip((formats.key_bits, formats.value_bits), CPU_ORDERS, strict=True)
         )
     )
     native.append(layer, 0, key, value)

@@ -66,10 +66,10 @@ def test_cache_of_the_family() -> None:
 
 
 def test_plan_of_a_million_tokens() -> None:
-    """Whole numbers all the way: 80 GiB of cache at 1,048,576, one token's 80 KiB less before it."""
-    last, full = (plan_run(run_of("glm-4-9b-chat-1m"), n) for n in (1_048_575, 1_048_576))
+    """Whole numbers all the way: 80 GiB of cache at 1,048,576, four tokens' 80 KiB each less before it."""
+    last, full = (plan_run(run_of("glm-4-9b-chat-1m"), n) for n in (1_048_572, 1_048_576))
     assert full.bytes_of("kv_cache") == 80 * GIB
-    assert full.bytes_of("kv_cache") - last.bytes_of("kv_cache") == 81_920
+    assert full.bytes_of("kv_cache") - last.bytes_of("kv_cache") == 4 * 81_920
     assert full.bytes_of("kv_cache") == 2 * plan_run(run_of(), 1_048_576).bytes_of("kv_cache")
 
 

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 9
+#define GLM4RUN_ABI 10
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
@@ -47,9 +47,10 @@ struct G4Output {
 };
 
 // Keys or values of one layer and one sequence: `capacity` rows of each KV head, one head behind the other. kv_rows.py
-// says what a row is.
+// says what a row is. Numbers q of 8 bits lie as products take them: of keys q + 128 [KVH, capacity, D]; of values q, four
+// rows side by side [KVH, capacity / 4, D, 4].
 struct G4CacheRows {
-    uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits int8 [KVH, capacity, D]; of 4 bits bytes [KVH, capacity, D/2]
+    uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits as above; of 4 bits bytes [KVH, capacity, D/2]
     uint8_t* scales; // of quantized rows, with the codes of those of 4 bits; null: floats
     int32_t bits;    // 16 (floats of the cache's dtype, whatever their width), 8 or 4
     int32_t group;   // values of a row that share a scale, or a code; heads are then at most 512 wide
@@ -58,7 +59,7 @@ struct G4CacheRows {
 
 struct G4Cache {
     G4CacheRows keys, values;
-    int64_t capacity;
+    int64_t capacity; // a multiple of 4 where values have 8 bits
     int32_t dtype; // G4Dtype of rows that are floats
 };
 

@@ -52,10 +52,13 @@ inline float half_at(const uint8_t* p, int64_t i) {
 
 void quantize_row(float* x, const CacheRows& cache, int64_t index) {
     const int64_t D = cache.head_dim, group = cache.group;
-    uint8_t* data = const_cast<uint8_t*>(cache.data) + index * cache.row_bytes();
+    const bool fours = cache.bits == 8 && cache.order == Order::FOURS;
+    uint8_t* data = const_cast<uint8_t*>(cache.data) + (fours ? index / 4 * 4 * D + index % 4 : index * cache.row_bytes());
     uint8_t* scales = const_cast<uint8_t*>(cache.scales) + index * cache.scale_bytes();
     turn(x, D);
     if (cache.bits == 4) return quantize_in_4(x, D, group, data, scales, cache.scale_bytes());
+    const int64_t step = fours ? 4 : 1;
+    const int32_t above = cache.order == Order::UNSIGNED ? 128 : 0;
     for (int64_t first = 0, g = 0; first < D; first += group, g++) {
         float largest = 0.0f;
         bool ordered = true;
@@ -68,7 +71,7 @@ void quantize_row(float* x, const CacheRows& cache, int64_t index) {
         memcpy(scales + g * 2, &half, 2);
         const float scale = half_to_float(half), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
         for (int64_t i = first; i < first + group; i++)
-            data[i] = uint8_t(int8_t(step_of(x[i], inverse, -127.0f, 127.0f)));
+            data[i * step] = uint8_t(step_of(x[i], inverse, -127.0f, 127.0f) + above);
     }
 }
 
@@ -78,37 +81,41 @@ void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out)
     const uint8_t* data = cache.data + first * cache.row_bytes();
     if (cache.bits == 16) return to_float(data, cache.dtype, count * D, out);
     const uint8_t* scales = cache.scales + first * cache.scale_bytes();
-    const int8_t* q = reinterpret_cast<const int8_t*>(data);
-    for (int64_t g = 0; g < count * D / group; g++, q += group, out += group) {
-        const float scale = half_at(scales, g);
-        for (int64_t i = 0; i < group; i++) out[i] = float(q[i]) * scale;
-    }
+    const bool fours = cache.order == Order::FOURS;
+    const uint8_t flip = cache.order == Order::UNSIGNED ? 128 : 0;
+    for (int64_t s = 0; s < count; s++)
+        for (int64_t d = 0; d < D; d++) {
+            const int64_t at = fours ? s / 4 * 4 * D + d * 4 + s % 4 : s * D + d;
+            *out++ = float(int8_t(data[at] ^ flip)) * half_at(scales, s * (D / group) + d / group);
+        }
 }
 
 // Rows of 4 bits as those of 8 bits that they are once their levels are looked up, at `bytes`; others as they are.
 inline CacheRows as_8_bits(const CacheRows& cache, const uint8_t* bytes) {
     if (cache.bits != 4) return cache;
-    return {bytes, nullptr, cache.head_dim, cache.head_dim, 8, cache.dtype};
+    const Order order = cache.order == Order::FOURS ? Order::ROWS : cache.order;
+    return {bytes, nullptr, cache.head_dim, cache.head_dim, 8, cache.dtype, order};
 }
 
-// Looks them up: rows of 4 bits to [count][D].
+// Looks them up: rows of 4 bits to [count][D]; keys' numbers 128 above what they stand for.
 template <typename I>
-[[gnu::noinline]] void widen_levels(const CacheRows& cache, int64_t first, int64_t count, int8_t* out) {
+[[gnu::noinline]] void widen_levels(const CacheRows& cache, int64_t first, int64_t count, uint8_t* out) {
     const int64_t D = cache.head_dim, side_bytes = cache.scale_bytes();
     const uint8_t *data = cache.data + first * cache.row_bytes(), *side = cache.scales + first * side_bytes;
     if constexpr (I::INT_TILES) {
         if (D % 64 == 0) {
+            const uint16_t* lowests = cache.order == Order::UNSIGNED ? CODE.unsigned_lowests : CODE.lowests;
             for (int64_t s = 0; s < count; s++, side += side_bytes)
                 for (int64_t d = 0; d < D; d += 64, data += 32, out += 64) {
                     uint64_t codes; // eight are six bytes, before which there are two others in any case
                     memcpy(&codes, side + d / 64 * 6, 8);
-                    I::widen_from_4(data, codes >> 16, CODE.steps, CODE.lowests, out);
+                    I::widen_from_4(data, codes >> 16, CODE.steps, lowests, out);
                 }
             return;
         }
     }
     for (int64_t s = 0; s < count; s++, data += cache.row_bytes(), side += side_bytes, out += D)
-        widen_from_4(data, side, side_bytes, D, cache.group, out);
+        widen_from_4(data, side, side_bytes, D, cache.group, cache.order, out);
 }
 
 // Attention: the lanes are the query heads that share a key, so that every key and value is read once for all of them.
@@ -363,15 +370,22 @@ inline bool in_pairs(const CacheRows& cache) {
     return cache.bits == 8 && cache.group % 2 == 0 && cache.head_dim / cache.group <= MAX_GROUPS;
 }
 
-// Keys as 16-bit integers [count][D].
+// Keys, which are unsigned, as 16-bit integers [count][D].
 inline void widen_keys(const CacheRows& cache, int64_t first, int64_t count, int16_t* out) {
     const uint8_t* data = cache.data + first * cache.row_bytes();
-    for (int64_t i = 0; i < count * cache.head_dim; i++) out[i] = int8_t(data[i]);
+    for (int64_t i = 0; i < count * cache.head_dim; i++) out[i] = int16_t(data[i] - 128);
 }
 
 // Values as 16-bit integers, two rows side by side: [pairs][D][2]; a missing last row is 0.
 inline void widen_values(const CacheRows& cache, int64_t first, int64_t count, int16_t* out) {
     const int64_t D = cache.head_dim, bytes = cache.row_bytes();
+    if (cache.order == Order::FOURS) { // behind the last row may be anything: weights there are 0
+        const uint8_t* four = cache.data + first * bytes;
+        for (int64_t s = 0; s < count; s += 4, out += 4 * D)
+            for (int64_t d = 0; d < D; d++, four += 4)
+                for (int64_t k = 0; k < 4; k++) out[k / 2 * 2 * D + 2 * d + k % 2] = int8_t(four[k]);
+        return;
+    }
     const uint8_t nothing[MAX_GROUPS * 128] = {};
     for (int64_t s = 0; s < count; s += 2, out += 2 * D) {
         const uint8_t* a = cache.data + (first + s) * bytes;
@@ -407,7 +421,7 @@ struct IntQueries {
     const float* step;    // [16]
 };
 
-constexpr int64_t INT_QUERY_FLOATS = 2 * LANES; // beside the pairs; what belongs to weights is last
+constexpr int64_t INT_QUERY_FLOATS = 3 * LANES; // beside the pairs: steps; what scores of bytes begin with; the weights' step
 
 // The step of queries [D][16] of which the largest has `most`, and its inverse. NaN where one is not finite.
 inline void largest_query(const float* query, int64_t head_dim, float most, float* step, float* inverse) {
@@ -538,10 +552,11 @@ struct IntTiles {
         return I::INT_TILES && rows.bits == 8 && rows.group == rows.head_dim && rows.head_dim % 64 == 0;
     }
 
-    // Queries [D][16] to unsigned bytes [D / 4][16][4] at the same place, 128 above what they stand for; and their steps.
-    static void round_queries(float* query, int64_t head_dim, float* step) {
+    // Queries [D][16] to signed bytes [D / 4][16][4] at the same place. `beside` takes their steps and what scores begin with,
+    // as keys' bytes are 128 above what they stand for.
+    static void round_queries(float* query, int64_t head_dim, float* beside) {
         float inverse[LANES];
-        largest_query(query, head_dim, 127.0f, step, inverse);
+        largest_query(query, head_dim, 127.0f, beside, inverse);
         const float once[4] = {1.0f, 1.0f, 1.0f, 1.0f}, nearest = I::BYTE_POINT + 128.5f;
         const float points[4] = {nearest, nearest, nearest, nearest};
         uint8_t* bytes = reinterpret_cast<uint8_t*>(query);
@@ -550,16 +565,19 @@ struct IntTiles {
             const Float four[4] = {at(d), at(d + 1), at(d + 2), at(d + 3)};
             I::four_bytes(four, once, points, bytes + d * LANES);
         }
+        I::take_128_off(bytes, head_dim / 4, reinterpret_cast<int32_t*>(beside + LANES));
     }
 
     template <int N, int64_t D>
-    [[gnu::noinline]] static Float score(const uint8_t* query, const int8_t* rows, int64_t head_dim, const int32_t* excess,
+    [[gnu::noinline]] static Float score(const int8_t* query, Int start, const uint8_t* rows, int64_t head_dim,
                                          const float* scale, Ahead& ahead, Float highest, float* scores) {
         Int dots[N];
+#pragma GCC unroll 16
+        for (int t = 0; t < N; t++) dots[t] = start;
         I::template dot_bytes<N>(query, rows, D != 0 ? D : head_dim, head_dim / 4, ahead, dots);
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) {
-            const Float x = Isa::mul(Isa::to_float(Isa::int_sub(dots[t], Isa::int_set1(excess[t]))), Isa::set1(scale[t]));
+            const Float x = Isa::mul(Isa::to_float(dots[t]), Isa::set1(scale[t]));
             highest = Isa::max(highest, x);
             Isa::store(scores + t * LANES, x);
         }
@@ -568,16 +586,17 @@ struct IntTiles {
 
     // Scores [count][16] before they are multiplied by the queries' steps; returns the highest of each lane.
     template <int64_t D>
-    static Float scores(const uint8_t* query, const int8_t* rows, int64_t head_dim, const int32_t* excess,
-                        const BlockScales& k, int64_t count, Ahead& ahead, float* out) {
+    static Float scores(const int8_t* query, const float* beside, const uint8_t* rows, int64_t head_dim, const BlockScales& k,
+                        int64_t count, Ahead& ahead, float* out) {
+        const Int start = Isa::int_load(reinterpret_cast<const int32_t*>(beside + LANES));
         Float highest = Isa::set1(LOWEST);
         int64_t s = 0;
         for (; s + 16 <= count; s += 16)
-            highest = score<16, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<16, D>(query, start, rows + s * head_dim, head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s + 4 <= count; s += 4)
-            highest = score<4, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<4, D>(query, start, rows + s * head_dim, head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s < count; s++)
-            highest = score<1, D>(query, rows + s * head_dim, head_dim, excess + s, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<1, D>(query, start, rows + s * head_dim, head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         return highest;
     }
 
@@ -616,8 +635,8 @@ struct IntTiles {
         return Isa::mul(step, Isa::set1(largest));
     }
 
-    // A block of values, four rows side by side [(count + 3) / 4][D][4]. In the place of missing ones is another: their
-    // weights are 0.
+    // A block of values in the order of rows, four of them side by side [(count + 3) / 4][D][4]. In the place of missing ones
+    // is another: their weights are 0.
     static void four_rows(const CacheRows& values, int64_t first, int64_t count, uint8_t* out) {
         const int64_t D = values.head_dim;
         const uint8_t* rows = values.data + first * D;
@@ -628,11 +647,11 @@ struct IntTiles {
         }
     }
 
-    // out [D][16] += weights times values, as the two functions above leave them.
+    // out [D][16] += weights, as `byte_weights` leaves them, times values, four rows side by side.
     static void weigh_bytes(const uint8_t* weights, Float step, const uint8_t* values, int64_t head_dim, int64_t count,
                             Ahead& ahead, float* out) {
         for (int64_t d = 0; d < head_dim; d += LANES)
-            byte_tile(weights, step, values + I::four_place(d), 4 * head_dim, (count + 3) / 4, ahead, out + d * LANES);
+            byte_tile(weights, step, values + 4 * d, 4 * head_dim, (count + 3) / 4, ahead, out + d * LANES);
     }
     [[gnu::noinline]] static void byte_tile(const uint8_t* weights, Float step, const uint8_t* values, int64_t stride, int64_t fours,
                                             Ahead& ahead, float* out) {
@@ -688,9 +707,8 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
     const int64_t D = a.keys.head_dim, each = (D + 2) * LANES;
     float* rows = scratch;                                    // [ATTENTION_BLOCK][D]
     int16_t* words = reinterpret_cast<int16_t*>(rows);        // half of it
-    int8_t* bytes = reinterpret_cast<int8_t*>(words + ATTENTION_BLOCK * D); // half of the rest
-    const CacheRows keys = as_8_bits(a.keys, reinterpret_cast<const uint8_t*>(bytes));
-    const CacheRows values = as_8_bits(a.values, reinterpret_cast<const uint8_t*>(bytes));
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(words + ATTENTION_BLOCK * D); // half of the rest
+    const CacheRows keys = as_8_bits(a.keys, bytes), values = as_8_bits(a.values, bytes);
     const bool int_keys = in_pairs(keys), int_values = in_pairs(values);
     const bool bf16_keys = in_bf16<I>(a, keys), bf16_values = in_bf16<I>(a, values);
     const bool byte_keys = IntTiles<I>::in_bytes(keys), byte_values = IntTiles<I>::in_bytes(values);
@@ -717,12 +735,9 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
         Ahead keys_ahead(a.keys, behind > 0 ? a.keys.data + (s + count) * a.keys.row_bytes() : a.next_keys,
                          behind > 0 ? smaller(behind, ATTENTION_BLOCK) : a.next_rows,
                          count * D / (byte_values ? 64 : 32));
-        int32_t excess[ATTENTION_BLOCK];
         const int64_t key_at = a.keys.bits == 4 ? 0 : s, value_at = a.values.bits == 4 ? 0 : s; // in `keys` and `values`
         if (a.keys.bits == 4) widen_levels<I>(a.keys, s, count, bytes);
         if (int_keys && !byte_keys) widen_keys(keys, key_at, count, words);
-        if constexpr (I::INT_TILES)
-            if (byte_keys) I::row_sums(reinterpret_cast<const int8_t*>(keys.data) + key_at * D, D, count, 128, excess);
         if (!int_keys && !bf16_keys) read_rows(a.keys, s, count, rows);
         const BlockScales key_scales(a.keys, s, int_keys ? count : 0), value_scales(a.values, s, int_values ? count : 0);
         for (int64_t t = 0; t < tokens; t++) {
@@ -735,8 +750,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             if (byte_keys) {
                 if constexpr (I::INT_TILES) {
                     const auto of = D == 128 ? IntTiles<I>::template scores<128> : IntTiles<I>::template scores<0>;
-                    highest = of(reinterpret_cast<const uint8_t*>(query),
-                                 reinterpret_cast<const int8_t*>(keys.data) + key_at * D, D, excess, key_scales, seen,
+                    highest = of(reinterpret_cast<const int8_t*>(query), mine, keys.data + key_at * D, D, key_scales, seen,
                                  values_ahead, target);
                     factor = Isa::load(mine);
                     highest = Isa::mul(highest, factor);
@@ -779,8 +793,12 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             }
         }
         if (a.values.bits == 4) widen_levels<I>(a.values, s, count, bytes);
+        const uint8_t* fours = values.data + value_at * D;
         if constexpr (I::INT_TILES)
-            if (byte_values) IntTiles<I>::four_rows(values, value_at, count, reinterpret_cast<uint8_t*>(rows));
+            if (byte_values && values.order == Order::ROWS) {
+                fours = reinterpret_cast<uint8_t*>(rows);
+                IntTiles<I>::four_rows(values, value_at, count, reinterpret_cast<uint8_t*>(rows));
+            }
         if (int_values && !byte_values) widen_values(values, value_at, count, words);
         if (!int_values && !bf16_values) read_rows(a.values, s, count, rows);
         for (int64_t t = 0; t < tokens; t++) {
@@ -795,8 +813,8 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             } else if (byte_values) {
                 if constexpr (I::INT_TILES) {
                     IntTiles<I>::weigh_bytes(reinterpret_cast<const uint8_t*>(mine),
-                                             Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES),
-                                             reinterpret_cast<uint8_t*>(rows), D, seen, keys_ahead, sums);
+                                             Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES), fours, D, seen,
+                                             keys_ahead, sums);
                 }
             } else if (int_values) {
                 attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);

@@ -33,12 +33,20 @@ struct Rows {
     int32_t dtype;
 };
 
+// How numbers q of 8 bits lie: kv_order.py.
+enum class Order : int32_t {
+    ROWS,     // q [S][D], as values of 4 bits become them
+    UNSIGNED, // q + 128 [S][D]
+    FOURS,    // q [S / 4][D][4]
+};
+
 // Keys or values of one KV head, [S] rows.
 struct CacheRows {
     const uint8_t* data;
     const uint8_t* scales; // of 8 bits float16, one of each group; of 4 bits one of the row and codes of groups; null: floats
     int64_t head_dim, group;
     int32_t bits, dtype;
+    Order order; // of 8 bits
 
     bool turned() const { return bits != 16; } // quantized rows are, by a Hadamard matrix: kv_rows.py
     int64_t row_bytes() const { return bits == 16 ? head_dim * dtype_bytes(dtype) : head_dim * bits / 8; }

@@ -120,7 +120,8 @@ AttentionPart part_of(const AttentionContext& c, int64_t index) {
 
 // Rows of one KV head.
 CacheRows head_of(const G4Cache& cache, const G4CacheRows& rows, int64_t head_dim, int64_t kv_head) {
-    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype};
+    const Order order = &rows == &cache.values ? Order::FOURS : Order::UNSIGNED;
+    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype, order};
     const int64_t first = kv_head * cache.capacity;
     one.data += first * one.row_bytes();
     if (one.scales != nullptr) one.scales += first * one.scale_bytes();

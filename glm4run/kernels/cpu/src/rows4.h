@@ -8,8 +8,8 @@ namespace {
 // The same as numbers that instructions take: floats; 16-bit words, lowest levels twice in each; and four such words.
 struct CodeTables {
     float minus_step[64] = {}, minus_inverse[64] = {}, minus_lowest[64] = {};
-    uint16_t steps[64] = {}, lowests[64] = {};
-    uint64_t four_steps[64] = {}, unsigned_lowests[64] = {}; // of the latter 128 more
+    uint16_t steps[64] = {}, lowests[64] = {}, unsigned_lowests[64] = {}; // of the last 128 more
+    uint64_t four_steps[64] = {}, four_unsigned_lowests[64] = {};
 
     constexpr CodeTables() {
         for (int i = 0; i < 64; i++) {
@@ -18,8 +18,9 @@ struct CodeTables {
             minus_lowest[i] = -float(CODES[i][1]);
             steps[i] = uint16_t(CODES[i][0]);
             lowests[i] = uint16_t(uint8_t(CODES[i][1]) * 0x101);
-            four_steps[i] = uint64_t(CODES[i][0]) * 0x0001000100010001;
-            unsigned_lowests[i] = uint64_t(CODES[i][1] + 128) * 0x0101010101010101;
+            unsigned_lowests[i] = uint16_t((CODES[i][1] + 128) * 0x101);
+            four_steps[i] = steps[i] * 0x0001000100010001;
+            four_unsigned_lowests[i] = unsigned_lowests[i] * 0x0001000100010001;
         }
     }
 };
@@ -91,12 +92,14 @@ inline uint64_t eight_codes(const uint8_t* side, int64_t side_bytes, int64_t i) 
     return at < 0 ? codes : codes >> 8 * (first - at);
 }
 
-// A row's values [D], in units of its scale.
+// A row's numbers [D], in units of its scale; or 128 more than that.
 inline void widen_from_4(const uint8_t* data, const uint8_t* side, int64_t side_bytes, int64_t head_dim, int64_t group,
-                         int8_t* out) {
+                         Order order, uint8_t* out) {
+    const uint16_t flip = order == Order::UNSIGNED ? 0 : 0x8080;
     if (group != 8) { // the whole row
         const int8_t* code = CODES[side[2] & 63];
-        for (int64_t i = 0; i < head_dim; i++) out[i] = int8_t((data[i / 2] >> 4 * (i & 1) & 15) * code[0] + code[1]);
+        for (int64_t i = 0; i < head_dim; i++)
+            out[i] = uint8_t(((data[i / 2] >> 4 * (i & 1) & 15) * code[0] + code[1] + 128) ^ flip);
         return;
     }
     // Two levels in a word: none of their products leaves its byte, as none is above 16 * 15, and with the lowest level,
@@ -106,11 +109,11 @@ inline void widen_from_4(const uint8_t* data, const uint8_t* side, int64_t side_
         uint64_t codes = eight_codes(side, side_bytes, first / 64);
         for (int64_t d = first; d < head_dim && d < first + 64; d += 8, codes >>= 6) {
             memcpy(steps + d / 2, CODE.four_steps + (codes & 63), 8);
-            memcpy(lowests + d / 2, CODE.unsigned_lowests + (codes & 63), 8);
+            memcpy(lowests + d / 2, CODE.four_unsigned_lowests + (codes & 63), 8);
         }
     }
     for (int64_t i = 0; i < head_dim / 2; i++)
-        words[i] = uint16_t((((data[i] | data[i] << 4) & 0x0F0F) * steps[i] + lowests[i]) ^ 0x8080);
+        words[i] = uint16_t((((data[i] | data[i] << 4) & 0x0F0F) * steps[i] + lowests[i]) ^ flip);
     memcpy(out, words, size_t(head_dim));
 }
 

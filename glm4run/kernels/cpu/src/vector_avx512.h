@@ -213,51 +213,50 @@ struct Isa {
         sum = _mm512_dpwssd_epi32(sum, w, _mm512_set1_epi32(word));
 #endif
     }
-    // sums[t] = w * x over 4 `fours` signed bytes of rows x: w unsigned, [fours][16][4].
+    // sums[t] += w * x over 4 `fours` bytes of rows x, which are unsigned; w signed, [fours][16][4].
     template <int T, typename Ahead>
-    static inline void dot_bytes(const uint8_t* w, const int8_t* x, int64_t stride, int64_t fours, Ahead& ahead,
+    static inline void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, int64_t fours, Ahead& ahead,
                                  Int (&sums)[T]) {
-#pragma GCC unroll 16
-        for (int t = 0; t < T; t++) sums[t] = int_set1(0);
         for (int64_t i = 0; i < fours; i++, w += 64, x += 4) {
             Int row = _mm512_loadu_si512(w);
             once(row);
             ahead.line();
 #pragma GCC unroll 16
-            for (int t = 0; t < T; t++) add_dot(sums[t], row, x + t * stride);
+            for (int t = 0; t < T; t++) add_unsigned_dot(sums[t], x + t * stride, row);
         }
     }
-    // The sum of each of `count` rows of signed bytes, a multiple of 64, times `factor`. `out` has room for a multiple of 16.
-    [[gnu::noinline]] static void row_sums(const int8_t* rows, int64_t width, int64_t count, int32_t factor, int32_t* out) {
-        const Int ones = _mm512_set1_epi8(1);
-        for (int64_t s = 0; s < count; s += 16) {
-            Int quarters[4]; // of row 4 k + l a lane of 128 bits
-#pragma GCC unroll 4
-            for (int64_t k = 0; k < 4; k++) {
-                Int four[4];
-#pragma GCC unroll 4
-                for (int64_t l = 0; l < 4; l++) {
-                    const int64_t r = s + 4 * k + l;
-                    const int8_t* row = rows + (r < count ? r : s) * width;
-                    four[l] = int_set1(0);
-                    for (int64_t i = 0; i < width; i += 64) four[l] = _mm512_dpbusd_epi32(four[l], ones, _mm512_loadu_si512(row + i));
-                }
-                const Int a = _mm512_add_epi32(_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1]));
-                const Int b = _mm512_add_epi32(_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3]));
-                quarters[k] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-            }
-            const Int a = _mm512_add_epi32(_mm512_shuffle_i32x4(quarters[0], quarters[1], 0x44), _mm512_shuffle_i32x4(quarters[0], quarters[1], 0xEE));
-            const Int b = _mm512_add_epi32(_mm512_shuffle_i32x4(quarters[2], quarters[3], 0x44), _mm512_shuffle_i32x4(quarters[2], quarters[3], 0xEE));
-            const Int all = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
-            _mm512_storeu_si512(out + s, _mm512_mullo_epi32(all, int_set1(factor)));
-        }
+    // sum += the same four unsigned bytes in every lane * x. They cannot come from memory in the product itself, whose second
+    // operand is the unsigned one.
+    static inline void add_unsigned_dot(Int& sum, const uint8_t* u, Int x) {
+        int32_t word;
+        __builtin_memcpy(&word, u, 4);
+        Int same = _mm512_set1_epi32(word);
+        once(same);
+#if defined(__AVX512VNNI__)
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(same), "v"(x));
+#else
+        sum = _mm512_dpbusd_epi32(sum, same, x);
+#endif
     }
-    // Four rows of bytes side by side: [width / 64][64][4], what belongs to a column in the place that `four_place` says.
+    // Bytes [fours][16][4] that are 128 above what they stand for become signed. `excess` [16] takes minus 128 times the sum
+    // of each lane: what makes up for rows that are 128 above what they stand for.
+    static inline void take_128_off(uint8_t* bytes, int64_t fours, int32_t* excess) {
+        const Int high = _mm512_set1_epi8(char(0x80));
+        Int total = int_set1(0);
+        for (int64_t i = 0; i < fours; i++, bytes += 64) {
+            const Int row = _mm512_xor_si512(_mm512_loadu_si512(bytes), high);
+            _mm512_storeu_si512(bytes, row);
+            total = _mm512_dpbusd_epi32(total, high, row);
+        }
+        int_store(excess, int_sub(int_set1(0), total));
+    }
+    // Four rows of bytes side by side: [width][4], `width` a multiple of 64.
     static inline void fours(const uint8_t* const (&rows)[4], int64_t width, uint8_t* out) {
+        const Int order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0); // unpacking undoes it
         for (int64_t i = 0; i < width; i += 64, out += 256) {
             Int r[4];
 #pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) r[k] = _mm512_loadu_si512(rows[k] + i);
+            for (int k = 0; k < 4; k++) r[k] = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(rows[k] + i));
             const Int a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpacklo_epi8(r[2], r[3]);
             const Int c = _mm512_unpackhi_epi8(r[0], r[1]), d = _mm512_unpackhi_epi8(r[2], r[3]);
             _mm512_storeu_si512(out, _mm512_unpacklo_epi16(a, b));
@@ -266,12 +265,8 @@ struct Isa {
             _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(c, d));
         }
     }
-    // Where the four bytes of a column begin: 16 columns lie in pieces of four, 64 bytes apart.
-    static constexpr int64_t four_place(int64_t column) {
-        return column / 64 * 256 + column % 64 / 16 * 16 + column % 16 / 4 * 64 + column % 4 * 4;
-    }
-    // sums[c] = w * x over four rows each of 16 columns, from a multiple of 16 on: w unsigned [count][16][4], x as `fours`
-    // leaves it, `stride` bytes for four rows.
+    // sums[c] = w * x over four rows each of 16 columns: w unsigned [count][16][4], x signed, four rows side by side, `stride`
+    // bytes for all their columns.
     template <typename Ahead>
     static inline void weigh_bytes(const uint8_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
                                    Int (&sums)[16]) {
@@ -282,7 +277,7 @@ struct Isa {
             once(row);
             ahead.line();
 #pragma GCC unroll 16
-            for (int c = 0; c < 16; c++) add_dot(sums[c], row, reinterpret_cast<const int8_t*>(x) + four_place(c));
+            for (int c = 0; c < 16; c++) add_dot(sums[c], row, reinterpret_cast<const int8_t*>(x) + 4 * c);
         }
     }
     // Four rows of 16 floats, each times its factor and plus what `points` has above BYTE_POINT (which gives 0 to below 256),
@@ -299,7 +294,7 @@ struct Isa {
     // 64 values of a row in 4 bits, whose eight groups have the lowest 6-bit codes of `codes`: step * u + lowest. The words
     // of `steps` and `lowests` are looked up; a product of one with two levels is two bytes, as none is above 16 * 15.
     static inline void widen_from_4(const uint8_t* data, uint64_t codes, const uint16_t* steps, const uint16_t* lowests,
-                                    int8_t* out) {
+                                    uint8_t* out) {
         const Int places = _mm512_set_epi64(42, 36, 30, 24, 18, 12, 6, 0);
         const Int words = _mm512_set4_epi32(0x09080908, 0x09080908, 0x01000100, 0x01000100);
         const Int each = _mm512_and_si512(_mm512_srlv_epi64(_mm512_set1_epi64(int64_t(codes)), places), _mm512_set1_epi64(63));
