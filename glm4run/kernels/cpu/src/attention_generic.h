@@ -207,13 +207,6 @@ struct Running {
         for (int64_t l = 0; l < LANES; l++)
             for (int64_t d = 0; d < head_dim && factor[l] != 1.0f; d++) values[l * head_dim + d] *= factor[l];
     }
-    // Lanes apart in the end. `spare` [16 D].
-    void part(float* spare) {
-        if (apart) return;
-        memcpy(spare, values, size_t(head_dim * LANES * 4));
-        for (int64_t l = 0; l < LANES; l++)
-            for (int64_t d = 0; d < head_dim; d++) values[l * head_dim + d] = spare[d * LANES + l];
-    }
 };
 
 inline Float highest_of(const float* scores, int64_t count) {
@@ -825,7 +818,6 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             }
         }
     }
-    for (int64_t t = 0; t < tokens; t++) running(t).part(queries);
 }
 
 void attend(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
@@ -839,26 +831,61 @@ void prepare(const AttentionRows& a, int64_t token, float* scratch, float* out) 
     prepare_query<Isa>(a, token, scratch, out, out + a.keys.head_dim * LANES);
 }
 
-void combine(const float* parts, int64_t count, int64_t head_dim, float* out) {
-    const int64_t each = (head_dim + 2) * LANES;
-    Float highest = Isa::set1(LOWEST);
-    for (int64_t i = 0; i < count; i++) highest = Isa::max(highest, Isa::load(parts + i * each + head_dim * LANES));
+// What `attend` made of the stretches of one token: values in the order of `Running`.
+struct Parts {
+    const float* parts;
+    int64_t count, head_dim;
     float weights[LANES], most[LANES], totals[LANES] = {};
-    Isa::store(most, highest);
-    memset(out, 0, size_t(head_dim * LANES * 4));
-    for (int64_t i = 0; i < count; i++, parts += each) {
-        const float *shift = parts + head_dim * LANES, *sums = shift + LANES;
+
+    Parts(const float* parts, int64_t count, int64_t head_dim) : parts(parts), count(count), head_dim(head_dim) {
+        Float highest = Isa::set1(LOWEST);
+        for (int64_t i = 0; i < count; i++) highest = Isa::max(highest, Isa::load(at(i) + head_dim * LANES));
+        Isa::store(most, highest);
+    }
+    const float* at(int64_t i) const { return parts + i * (head_dim + 2) * LANES; }
+    // What part `i` counts; it is then in the totals.
+    void weigh(int64_t i) {
+        const float *shift = at(i) + head_dim * LANES, *sums = shift + LANES;
         for (int64_t l = 0; l < LANES; l++) weights[l] = exp2_of(shift[l] - most[l]);
         for (int64_t l = 0; l < LANES; l++) totals[l] += weights[l] * sums[l];
+    }
+};
+
+void combine_apart(Parts& p, float* out) {
+    const int64_t D = p.head_dim;
+    memset(out, 0, size_t(D * LANES * 4));
+    for (int64_t i = 0; i < p.count; i++) {
+        p.weigh(i);
         for (int64_t l = 0; l < LANES; l++) {
-            const float weight = weights[l];
-            float* __restrict row = out + l * head_dim;
-            const float* __restrict part = parts + l * head_dim;
-            for (int64_t d = 0; d < head_dim; d++) row[d] += weight * part[d];
+            const float weight = p.weights[l];
+            float* __restrict row = out + l * D;
+            const float* __restrict part = p.at(i) + l * D;
+            for (int64_t d = 0; d < D; d++) row[d] += weight * part[d];
         }
     }
     for (int64_t l = 0; l < LANES; l++)
-        for (int64_t d = 0; d < head_dim; d++) out[l * head_dim + d] /= totals[l];
+        for (int64_t d = 0; d < D; d++) out[l * D + d] /= p.totals[l];
+}
+
+void combine_together(Parts& p, bool turned, float* sums, float* out) {
+    const int64_t D = p.head_dim;
+    memset(sums, 0, size_t(D * LANES * 4));
+    for (int64_t i = 0; i < p.count; i++) {
+        p.weigh(i);
+        const Float weights = Isa::load(p.weights);
+        for (int64_t d = 0; d < D * LANES; d += LANES)
+            Isa::store(sums + d, Isa::fma(weights, Isa::load(p.at(i) + d), Isa::load(sums + d)));
+    }
+    for (int64_t d = 0; d < D; d++)
+        for (int64_t l = 0; l < LANES; l++) sums[d * LANES + l] /= p.totals[l];
+    if (turned) turn_lanes(sums, D);
+    for (int64_t l = 0; l < LANES; l++)
+        for (int64_t d = 0; d < D; d++) out[l * D + d] = sums[d * LANES + l];
+}
+
+void combine(const AttentionRows& a, const float* parts, int64_t count, float* scratch, float* out) {
+    Parts p(parts, count, a.values.head_dim);
+    in_bf16<Isa>(a, a.values) ? combine_apart(p, out) : combine_together(p, a.values.turned(), scratch, out);
 }
 
 } // namespace

@@ -112,19 +112,18 @@ struct Kernels {
                         int64_t stride);
     void (*to_float)(const void* in, int32_t dtype, int64_t count, float* out);
     void (*from_float)(const float* in, int32_t dtype, int64_t count, void* out);
-    // x [D] times the Hadamard matrix of the largest power of two that divides D, in place.
-    void (*turn)(float* x, int64_t head_dim);
     // Keeps x [D], which it destroys, as row `index` of a cache whose rows are quantized.
     void (*quantize_row)(float* x, const CacheRows& cache, int64_t index);
     void (*rms_norm)(const void* x, int32_t dtype, int64_t size, const float* weight, float eps, void* out);
     void (*silu_mul)(const void* gate, const void* up, int32_t dtype, int64_t size, void* out);
     // Partial attention of `tokens` query tokens from `token` on over positions first..last-1, of which each sees those
-    // up to its own. out, a token: sums of values float [16][D], then what the weights' exponents were shifted by [16], in
-    // powers of two, and the sums of weights [16].
+    // up to its own. out, a token: sums of values, floats of 16 lanes and D dimensions, then what the weights' exponents were
+    // shifted by [16], in powers of two, and the sums of weights [16].
     void (*attend)(const AttentionRows& a, int64_t token, int64_t tokens, int64_t first, int64_t last, float* scratch,
                    float* out);
-    // `count` such parts, one behind the other, to out [16][D].
-    void (*combine)(const float* parts, int64_t count, int64_t head_dim, float* out);
+    // `count` such parts of one token, one behind the other, to the attention of its lanes, turned back: out [16][D]. As much
+    // of `scratch`.
+    void (*combine)(const AttentionRows& a, const float* parts, int64_t count, float* scratch, float* out);
     // A token's queries as its keys take them, for all parts of its attention: prepared_floats.
     void (*prepare)(const AttentionRows& a, int64_t token, float* scratch, float* out);
     int64_t (*prepared_floats)(int64_t head_dim);

@@ -613,5 +613,5 @@ uint64_t read_all(const uint8_t* memory, int64_t bytes, int64_t ahead) {
 
 #define G4_KERNELS(symbol, name)                                                                                       \
     extern const Kernels symbol = {name, Isa::Q8_OFFSET, quantize, Isa::DECODE_PANELS, decode_panels, lay_out, gemm_panel, exact_panel, write_panel, to_float, \
-                                   from_float, turn, quantize_row, rms_norm, silu_mul,     attend,     combine,        prepare, prepared_floats, \
+                                   from_float, quantize_row, rms_norm, silu_mul,     attend,     combine,        prepare, prepared_floats, \
                                    attend_scratch, read_all};

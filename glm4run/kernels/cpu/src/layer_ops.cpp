@@ -172,6 +172,16 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     c.kernels->attend(rows, part.token, 1, first, last, scratch, c.partial + index * c.partial_floats());
 }
 
+// Puts what was made of a token's stretches together and writes it. scratch [2][16][D].
+void finish(const AttentionContext& c, const AttentionPart& part, const float* partial, int64_t count, float* scratch) {
+    const AttentionRows rows = rows_of(c, part);
+    float* lanes = scratch + ATTENTION_LANES * c.head_dim;
+    c.kernels->combine(rows, partial, count, scratch, lanes);
+    const int64_t head = part.kv_head * c.repeat() + part.lane_group * ATTENTION_LANES;
+    char* out = c.out + (part.token * c.heads + head) * c.head_dim * dtype_bytes(c.dtype);
+    c.kernels->from_float(lanes, c.dtype, rows.heads * c.head_dim, out);
+}
+
 // Many new tokens: a piece is some of them over all positions, the longest first.
 void attend_many_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
@@ -185,30 +195,16 @@ void attend_many_piece(const void* context, int64_t index, Ticket& ticket) {
     float* sums = scratch + scratch_floats;
     c.kernels->attend(rows, token, tokens, 0, rows.seen + token + tokens - 1, scratch, sums);
     if (!ticket.begin_write()) return;
-    const int64_t first_head = part.kv_head * c.repeat() + part.lane_group * ATTENTION_LANES;
-    for (int64_t t = 0; t < tokens; t++) {
-        const float* mine = sums + t * c.partial_floats();
-        const float* totals = mine + (D + 1) * ATTENTION_LANES;
-        for (int64_t lane = 0; lane < rows.heads; lane++) {
-            for (int64_t d = 0; d < D; d++) scratch[d] = mine[lane * D + d] / totals[lane];
-            if (rows.values.turned()) c.kernels->turn(scratch, D);
-            char* out = c.out + ((token + t) * c.heads + first_head + lane) * D * dtype_bytes(c.dtype);
-            c.kernels->from_float(scratch, c.dtype, D, out);
-        }
-    }
+    for (int64_t t = 0; t < tokens; t++)
+        finish(c, {token + t, part.kv_head, part.lane_group}, sums + t * c.partial_floats(), 1, scratch);
 }
 
 void combine_piece(const void* context, int64_t index, Ticket& ticket) {
     const AttentionContext& c = *static_cast<const AttentionContext*>(context);
     const AttentionPart part = part_of(c, index);
-    const int64_t D = c.head_dim, element = dtype_bytes(c.dtype), first_head = part.lane_group * ATTENTION_LANES;
-    float* row = static_cast<float*>(ticket.scratch(size_t(ATTENTION_LANES * D * 4)));
-    c.kernels->combine(c.partial + index * c.stretches * c.partial_floats(), Cut(c.seen(part.token)).count, D, row);
-    for (int64_t lane = 0; lane < ATTENTION_LANES && first_head + lane < c.repeat(); lane++, row += D) {
-        if (c.cache.values.bits != 16) c.kernels->turn(row, D);
-        const int64_t head = part.kv_head * c.repeat() + first_head + lane;
-        c.kernels->from_float(row, c.dtype, D, c.out + (part.token * c.heads + head) * D * element);
-    }
+    float* scratch = static_cast<float*>(ticket.scratch(size_t(2 * ATTENTION_LANES * c.head_dim * 4)));
+    const float* partial = c.partial + index * c.stretches * c.partial_floats();
+    finish(c, part, partial, Cut(c.seen(part.token)).count, scratch);
 }
 
 // Where no token has more than one stretch: all of it at once.
