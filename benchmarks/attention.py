@@ -24,7 +24,7 @@ from glm4run.benchmark import ReadProbe
 from glm4run.kernels.cpu import ops as native
 from glm4run.kernels.cpu.library import active_isa
 from glm4run.kv_format import parse_kv_bits, rows_for
-from glm4run.kv_order import CPU_ORDERS
+from glm4run.kv_order import cpu_orders
 from glm4run.kv_rows import KVLayer, new_rows
 from glm4run.memory import parse_size
 from glm4run.ops import Ops
@@ -40,7 +40,7 @@ def filled(kind: str, positions: int) -> KVLayer:
     kept = parse_kv_bits(kind)
     keys, values = (
         new_rows(KV_HEADS, rows_for(positions), HEAD_DIM, bits, dtype=torch.bfloat16, device=CPU, order=order)
-        for bits, order in zip((kept.key_bits, kept.value_bits), CPU_ORDERS, strict=True)
+        for bits, order in zip((kept.key_bits, kept.value_bits), cpu_orders(HEAD_DIM), strict=True)
     )
     layer = KVLayer(keys, values)
     for first in range(0, positions, 4096):

@@ -51,8 +51,8 @@ double block_ns(int64_t positions, int bits) {
     attention.query = query.data();
     attention.query_token = HEADS * WIDTH;
     attention.query_head = WIDTH;
-    attention.keys = rows(keys, Order::UNSIGNED);
-    attention.values = rows(values, Order::FOURS);
+    attention.keys = rows(keys, Order::KEYS);
+    attention.values = rows(values, Order::VALUES);
     attention.heads = HEADS;
     attention.seen = positions;
     attention.dtype = G4_BF16;

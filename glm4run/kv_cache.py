@@ -15,7 +15,7 @@ from torch import Tensor
 from glm4run.config import ModelConfig
 from glm4run.huge_pages import collapse
 from glm4run.kv_format import KVFormat, rows_for
-from glm4run.kv_order import CPU_ORDERS, Order
+from glm4run.kv_order import Order, cpu_orders
 from glm4run.kv_rows import KVLayer, KVRows, new_rows
 
 COLLAPSE_TOKENS = 4096  # so often are full pages looked for
@@ -48,7 +48,7 @@ class KVCache:
         self._collapsed = 0  # tokens
         heads, room, width = config.num_key_value_heads, rows_for(capacity), config.head_dim
         arranged = device.type == "cpu" if for_cpu is None else for_cpu
-        key_order, value_order = CPU_ORDERS if arranged else (Order.ROWS, Order.ROWS)
+        key_order, value_order = cpu_orders(width) if arranged else (Order.ROWS, Order.ROWS)
 
         def rows(bits: int, order: Order, offset: Tensor | None = None) -> KVRows:
             return new_rows(heads, room, width, bits, dtype=dtype, device=device, offset=offset, order=order)

@@ -10,7 +10,7 @@ BITS = (16, 8, 4)
 GROUPS = {8: 128, 4: 8}  # values of a row that share a scale, or a code; a row that is no multiple of that is one group
 LEVELS = {8: 127, 4: 15}
 SCALE_BYTES, CODE_BITS = 2, 6
-ROWS_TOGETHER = 4  # so many rows of 8 bits may lie side by side
+ROWS_TOGETHER = 64  # of 8 bits so many may lie as one block
 
 # Steps and lowest levels of a group in 4 bits, in units of its row's scale; with their mirror images they are 64, and a
 # group's code is the index of one. `benchmarks/kv_codes.py` chooses them. The native library has them too.
@@ -61,7 +61,7 @@ def group_of(bits: int, head_dim: int) -> int:
 
 
 def rows_for(tokens: int) -> int:
-    """Rows that a cache of so many tokens has: a multiple of four, in whatever format."""
+    """Rows that a cache of so many tokens has: whole blocks, in whatever format."""
     return -(-tokens // ROWS_TOGETHER) * ROWS_TOGETHER
 
 

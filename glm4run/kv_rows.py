@@ -78,7 +78,7 @@ class KVRows:
 
     def copy_from(self, other: KVRows, count: int) -> None:
         """Becomes the first `count` rows of `other`, which has the same format and order."""
-        end = rows_for(count) if self.order is Order.FOURS else count
+        end = count if self.order is Order.ROWS else rows_for(count)
         for target, source in zip(self.tensors().values(), other.tensors().values(), strict=True):
             target[:, :end] = source[:, :end]
 
@@ -158,8 +158,8 @@ def new_rows(
     if bits == 4 and head_dim % 2:
         raise UsageError(f"heads of {head_dim} values cannot be kept in 4 bits", hint="use --kv-bits 8")
     order = order if bits == 8 else Order.ROWS
-    assert order is not Order.FOURS or capacity == rows_for(capacity)
-    signed = bits == 8 and order is not Order.UNSIGNED
+    assert order is Order.ROWS or capacity == rows_for(capacity)
+    signed = bits == 8 and order is not Order.KEYS
     kinds = torch.int8 if signed else torch.uint8, torch.float16 if bits == 8 else torch.uint8
     data, scales = (
         torch.empty(kv_heads, capacity, width // kind.itemsize, dtype=kind, device=device)

@@ -48,12 +48,12 @@ def test_a_new_cache_is_empty_and_of_the_planned_size() -> None:
     cache = new_cache(8, torch.bfloat16)
     assert (cache.position, cache.capacity) == (0, 8)
     assert len(cache.layers) == 3
-    assert cache.nbytes == 2 * 3 * 2 * 8 * 16 * 2
+    assert cache.nbytes == 2 * 3 * 2 * 64 * 16 * 2  # a whole block of rows
 
 
 def test_bytes_per_token_of_the_real_shape() -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=40, head_dim=128)
-    for capacity, rows in ((9, 12), (12, 12), (13, 16)):  # rows of 8 bits may lie in fours
+    for capacity, rows in ((9, 64), (64, 64), (65, 128)):
         cache = KVCache(config, capacity, dtype=torch.bfloat16, device=torch.device("meta"))
         assert (cache.capacity, cache.nbytes) == (capacity, rows * 40_960)
 

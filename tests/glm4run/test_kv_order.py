@@ -2,74 +2,89 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from glm4run.kv_cache import KVCache
 from glm4run.kv_format import KVFormat, parse_kv_bits, rows_for
-from glm4run.kv_order import CPU_ORDERS, Order, put, taken
-from tests.glm4run.test_kv_cache import CONFIG, tokens
+from glm4run.kv_order import Order, cpu_orders, put, taken
+from tests.glm4run.test_kv_cache import CONFIG
 
 CPU = torch.device("cpu")
 
 
-def empty(order: Order, capacity: int, width: int = 6) -> Tensor:
-    kind = torch.uint8 if order is Order.UNSIGNED else torch.int8
-    return torch.full((2, capacity, width), 99, dtype=kind)
+WIDTH = 64
 
 
-def rows(count: int, width: int = 6) -> Tensor:
+def empty(order: Order, capacity: int) -> Tensor:
+    kind = torch.uint8 if order is Order.KEYS else torch.int8
+    return torch.full((2, capacity, WIDTH), 99, dtype=kind)
+
+
+def rows(count: int, width: int = WIDTH) -> Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.randint(-127, 128, (2, count, width), generator=generator, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("order", Order)
 def test_rows_are_taken_as_they_were_put_whatever_part(order: Order) -> None:
-    whole, data = rows(21), empty(order, 24)
-    for first, last in ((0, 1), (1, 3), (3, 4), (4, 12), (12, 18), (18, 21)):
+    whole, data = rows(141), empty(order, 192)
+    edges = (0, 1, 3, 16, 60, 64, 65, 128, 130, 141)
+    for first, last in itertools.pairwise(edges):
         put(data, order, first, whole[:, first:last])
-    for start in range(22):
-        for end in range(start, 22):
-            assert torch.equal(taken(data, order, start, end), whole[:, start:end]), (start, end)
+    for start, end in itertools.combinations_with_replacement(edges, 2):
+        assert torch.equal(taken(data, order, start, end), whole[:, start:end]), (start, end)
 
 
 @pytest.mark.parametrize("order", Order)
 def test_putting_rows_touches_no_others(order: Order) -> None:
-    data, kept = empty(order, 24), rows(24)
+    data, kept = empty(order, 128), rows(128)
     put(data, order, 0, kept)
-    put(data, order, 5, rows(2))
-    expected = torch.cat((kept[:, :5], rows(2), kept[:, 7:]), dim=1)
-    assert torch.equal(taken(data, order, 0, 24), expected)
+    put(data, order, 62, rows(5))
+    expected = torch.cat((kept[:, :62], rows(5), kept[:, 67:]), dim=1)
+    assert torch.equal(taken(data, order, 0, 128), expected)
 
 
 def test_bytes_lie_where_the_library_reads_them() -> None:
-    whole = rows(8)
-    unsigned, fours = empty(Order.UNSIGNED, 8), empty(Order.FOURS, 8)
-    put(unsigned, Order.UNSIGNED, 0, whole)
-    put(fours, Order.FOURS, 0, whole)
-    assert torch.equal(unsigned.int(), whole.int() + 128)
-    for position in range(8):
-        for column in range(6):
-            at = position // 4 * 4 * 6 + column * 4 + position % 4
-            assert torch.equal(fours.flatten(1)[:, at], whole[:, position, column])
+    """Source: `place_of` of kernels.h."""
+    whole = rows(128)
+    keys, values = empty(Order.KEYS, 128), empty(Order.VALUES, 128)
+    put(keys, Order.KEYS, 0, whole)
+    put(values, Order.VALUES, 0, whole)
+    for s, d in itertools.product((0, 1, 15, 16, 63, 64, 127), (0, 3, 4, 15, 16, 63)):
+        at = s // 16 * 16 * WIDTH + d // 4 * 64 + s % 16 * 4 + d % 4
+        assert torch.equal(keys.flatten(1)[:, at].int(), whole[:, s, d].int() + 128)
+        at = s // 64 * 64 * WIDTH + d // 16 * 1024 + s % 64 // 4 * 64 + d % 16 * 4 + s % 4
+        assert torch.equal(values.flatten(1)[:, at], whole[:, s, d])
 
 
-def cache_of(kept: str, for_cpu: bool | None, capacity: int = 30) -> KVCache:
+WIDE = dataclasses.replace(CONFIG, head_dim=WIDTH)
+
+
+def tokens(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, count, WIDTH, generator=generator), torch.randn(2, count, WIDTH, generator=generator)
+
+
+def cache_of(kept: str, for_cpu: bool | None, capacity: int = 100) -> KVCache:
     kv_format = parse_kv_bits(kept)
-    return KVCache(CONFIG, capacity, dtype=torch.float32, device=CPU, kv_format=kv_format, for_cpu=for_cpu)
+    return KVCache(WIDE, capacity, dtype=torch.float32, device=CPU, kv_format=kv_format, for_cpu=for_cpu)
 
 
 @pytest.mark.parametrize("kept", ["8", "8:4", "16:8"])
 def test_a_cache_reads_the_same_in_either_order(kept: str) -> None:
     caches = [cache_of(kept, for_cpu) for for_cpu in (True, False)]
-    for first, count in ((0, 5), (5, 1), (6, 13)):
+    for first, count in ((0, 55), (55, 1), (56, 33)):
         read = [cache.append(1, *tokens(count, seed=first)) for cache in caches]
         for one, other in zip(*read, strict=True):
             assert torch.equal(one, other)
         for cache in caches:
             cache.advance(count)
-    for start, end in ((0, 19), (3, 3), (7, 18)):
+    for start, end in ((0, 89), (3, 3), (7, 66)):
         one, other = (cache.rows(1, start, end) for cache in caches)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -88,17 +103,19 @@ def test_rows_of_one_order_restore_into_the_other(there: bool) -> None:
 
 def test_rows_beyond_the_memory_are_refused() -> None:
     cache, other = cache_of("8", True, capacity=8), cache_of("8", True)
-    other.append(0, *tokens(9, seed=1))
+    other.append(0, *tokens(65, seed=1))
     with pytest.raises(ValueError, match="expected were"):
-        cache.restore(0, 2, other.rows(0, 0, 9))
+        cache.restore(0, 2, other.rows(0, 0, 65))
 
 
 def test_a_cache_lies_as_a_cpu_takes_it_where_it_is_on_one() -> None:
     layer = cache_of("8", None).layers[0]
-    assert (layer.keys.order, layer.values.order) == CPU_ORDERS
-    assert layer.values.data.shape[1] == rows_for(30) == 32
+    assert (layer.keys.order, layer.values.order) == cpu_orders(WIDTH) == (Order.KEYS, Order.VALUES)
+    assert layer.values.data.shape[1] == rows_for(100) == 128
     for kept in ("4", "16"):
         layer = cache_of(kept, None).layers[0]
         assert (layer.keys.order, layer.values.order) == (Order.ROWS, Order.ROWS)
-    meta = KVCache(CONFIG, 8, dtype=torch.float32, device=torch.device("meta"), kv_format=KVFormat(8, 8))
+    narrow = KVCache(CONFIG, 8, dtype=torch.float32, device=CPU, kv_format=KVFormat(8, 8))
+    assert narrow.layers[0].keys.order is Order.ROWS  # of 16 columns
+    meta = KVCache(WIDE, 8, dtype=torch.float32, device=torch.device("meta"), kv_format=KVFormat(8, 8))
     assert meta.layers[0].keys.order is Order.ROWS

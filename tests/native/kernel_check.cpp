@@ -502,8 +502,8 @@ void turn_exactly(double* x, int64_t D) {
     for (int64_t i = 0; i < D; i++) x[i] /= sqrt(double(size));
 }
 
-// Rows of a quantized cache and what their bytes say, still turned: [KVH, capacity, D]. In 8 bits keys are 128 above what they
-// stand for, and values lie in fours: `values`.
+// Rows of a quantized cache and what their bytes say, still turned: [KVH, capacity, D]. In 8 bits, where 64 divides D, keys are
+// 128 above what they stand for, and both lie in blocks.
 struct KeptRows {
     int64_t each; // bytes beside a row
     bool values;
@@ -517,13 +517,15 @@ struct KeptRows {
           rows{data.get(), scales.get(), bits, int32_t(bits == 8 || D % 8 != 0 ? D : 8), nullptr} {
         memset(data.get(), 0x77, size_t(kv_heads * capacity * D * bits / 8));
     }
-    void decode(int64_t count, int64_t D) { // rows of all heads, of each a multiple of four
+    void decode(int64_t count, int64_t D) { // rows of all heads, of each a multiple of 64
         exact.resize(size_t(count * D));
         for (int64_t i = 0; i < count * D; i++) {
             const uint8_t* side = scales.get() + i / D * each;
-            const int64_t row = i / D, in_fours = row / 4 * 4 * D + i % D * 4 + row % 4;
-            const uint8_t byte = data.get()[rows.bits != 8 ? i / 2 : values ? in_fours : i];
-            int32_t number = values ? int8_t(byte) : byte - 128;
+            const int64_t row = i / D, d = i % D, in_keys = row / 16 * 16 * D + d / 4 * 64 + row % 16 * 4 + d % 4;
+            const int64_t in_values = row / 64 * 64 * D + d / 16 * 1024 + row % 64 / 4 * 64 + d % 16 * 4 + row % 4;
+            const bool blocks = rows.bits == 8 && D % 64 == 0;
+            const uint8_t byte = data.get()[blocks ? (values ? in_values : in_keys) : rows.bits == 8 ? i : i / 2];
+            int32_t number = blocks && !values ? byte - 128 : int8_t(byte);
             if (rows.bits == 4) {
                 int32_t code = 0;
                 for (int64_t bit = 0, at = i % D / rows.group * 6; bit < 6; bit++, at++)
@@ -544,7 +546,7 @@ void check_quantized_case(int32_t key_bits, int32_t value_bits, int64_t heads, i
     const Numbers query(T * heads * D, G4_FP32, [&](int64_t) { return random.uniform(); });
     Numbers key(S * kv_heads * D, G4_FP32, [&](int64_t i) { return random.uniform() + (i % D == 3 ? 8 : 0); });
     const Numbers value(S * kv_heads * D, G4_FP32, [&](int64_t) { return random.uniform(); });
-    const int64_t room = (S + 3) / 4 * 4;
+    const int64_t room = (S + 63) / 64 * 64;
     KeptRows keys(kv_heads, room, D, key_bits, false), values(kv_heads, room, D, value_bits, true);
     const G4Cache cache{keys.rows, values.rows, room, G4_FP32};
     g4_cache_append(&cache, key.memory.get(), value.memory.get(), kv_heads * D, D, G4_FP32, S, kv_heads, D, 0);

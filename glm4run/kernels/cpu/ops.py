@@ -13,7 +13,7 @@ from torch import Tensor
 from glm4run.kernels.cpu.backend import DTYPE_CODES
 from glm4run.kernels.cpu.library import G4Cache, G4CacheRows, native
 from glm4run.kv_format import group_of
-from glm4run.kv_order import CPU_ORDERS
+from glm4run.kv_order import cpu_orders
 from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
@@ -92,7 +92,7 @@ def _rows_struct(rows: KVRows) -> G4CacheRows:
 
 def in_order(layer: KVLayer) -> bool:
     """Whether rows of 8 bits lie as the library's instructions take them."""
-    both = zip((layer.keys, layer.values), CPU_ORDERS, strict=True)
+    both = zip((layer.keys, layer.values), cpu_orders(layer.keys.head_dim), strict=True)
     return all(rows.order is order for rows, order in both if rows.bits == 8)
 
 

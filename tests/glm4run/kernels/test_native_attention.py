@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glm4run.kernels.cpu import ops as native
 from glm4run.kv_format import parse_kv_bits, rows_for
-from glm4run.kv_order import CPU_ORDERS
+from glm4run.kv_order import cpu_orders
 from glm4run.kv_rows import KVLayer, new_rows, turn
 from tests.native_library import ISAS, each_isa, in_bytes, needs_library, running, same_bits
 
@@ -46,7 +46,7 @@ def layer_of(kept: str, key: Tensor, value: Tensor) -> KVLayer:
     layer = KVLayer(
         *(
             new_rows(heads, rows_for(positions), width, bits, dtype=key.dtype, device=CPU, order=order)
-            for bits, order in zip((formats.key_bits, formats.value_bits), CPU_ORDERS, strict=True)
+            for bits, order in zip((formats.key_bits, formats.value_bits), cpu_orders(width), strict=True)
         )
     )
     native.append(layer, 0, key, value)

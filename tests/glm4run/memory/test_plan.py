@@ -66,17 +66,17 @@ def test_cache_of_the_family() -> None:
 
 
 def test_plan_of_a_million_tokens() -> None:
-    """Whole numbers all the way: 80 GiB of cache at 1,048,576, four tokens' 80 KiB each less before it."""
-    last, full = (plan_run(run_of("glm-4-9b-chat-1m"), n) for n in (1_048_572, 1_048_576))
+    """Whole numbers all the way: 80 GiB of cache at 1,048,576, a block of 64 tokens less before it."""
+    last, full = (plan_run(run_of("glm-4-9b-chat-1m"), n) for n in (1_048_512, 1_048_576))
     assert full.bytes_of("kv_cache") == 80 * GIB
-    assert full.bytes_of("kv_cache") - last.bytes_of("kv_cache") == 4 * 81_920
+    assert full.bytes_of("kv_cache") - last.bytes_of("kv_cache") == 64 * 81_920
     assert full.bytes_of("kv_cache") == 2 * plan_run(run_of(), 1_048_576).bytes_of("kv_cache")
 
 
 def test_cache_rows_of_fewer_bits() -> None:
     """int8 with a 16-bit scale a row: 20.31 KiB a token; int4 with such a scale and 12 bytes of codes: 12.19."""
-    tokens = [plan_run(run_of(kv_bits=bits), 1000).bytes_of("kv_cache") for bits in (16, 8, 4)]
-    assert tokens == [40_960_000, 20_800_000, 12_480_000]
+    tokens = [plan_run(run_of(kv_bits=bits), 1024).bytes_of("kv_cache") for bits in (16, 8, 4)]
+    assert tokens == [41_943_040, 21_299_200, 12_779_520]
     run = dataclasses.replace(run_of(kv_bits=8), value_bits=4)
     assert plan_run(run, 1000).bytes_of("kv_cache") == (20_800_000 + 12_480_000) // 2
 

@@ -47,8 +47,7 @@ struct G4Output {
 };
 
 // Keys or values of one layer and one sequence: `capacity` rows of each KV head, one head behind the other. kv_rows.py
-// says what a row is. Numbers q of 8 bits lie as products take them: of keys q + 128 [KVH, capacity, D]; of values q, four
-// rows side by side [KVH, capacity / 4, D, 4].
+// says what a row is, kv_order.py in what order numbers of 8 bits lie where 64 divides D: as products take them.
 struct G4CacheRows {
     uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits as above; of 4 bits bytes [KVH, capacity, D/2]
     uint8_t* scales; // of quantized rows, with the codes of those of 4 bits; null: floats
@@ -59,7 +58,7 @@ struct G4CacheRows {
 
 struct G4Cache {
     G4CacheRows keys, values;
-    int64_t capacity; // a multiple of 4 where values have 8 bits
+    int64_t capacity; // a multiple of 64 where rows have 8 bits and 64 divides D
     int32_t dtype; // G4Dtype of rows that are floats
 };
 

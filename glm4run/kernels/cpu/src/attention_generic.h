@@ -52,13 +52,11 @@ inline float half_at(const uint8_t* p, int64_t i) {
 
 void quantize_row(float* x, const CacheRows& cache, int64_t index) {
     const int64_t D = cache.head_dim, group = cache.group;
-    const bool fours = cache.bits == 8 && cache.order == Order::FOURS;
-    uint8_t* data = const_cast<uint8_t*>(cache.data) + (fours ? index / 4 * 4 * D + index % 4 : index * cache.row_bytes());
+    uint8_t* data = const_cast<uint8_t*>(cache.data);
     uint8_t* scales = const_cast<uint8_t*>(cache.scales) + index * cache.scale_bytes();
     turn(x, D);
-    if (cache.bits == 4) return quantize_in_4(x, D, group, data, scales, cache.scale_bytes());
-    const int64_t step = fours ? 4 : 1;
-    const int32_t above = cache.order == Order::UNSIGNED ? 128 : 0;
+    if (cache.bits == 4) return quantize_in_4(x, D, group, data + index * cache.row_bytes(), scales, cache.scale_bytes());
+    const int32_t above = cache.order == Order::KEYS ? 128 : 0;
     for (int64_t first = 0, g = 0; first < D; first += group, g++) {
         float largest = 0.0f;
         bool ordered = true;
@@ -71,29 +69,23 @@ void quantize_row(float* x, const CacheRows& cache, int64_t index) {
         memcpy(scales + g * 2, &half, 2);
         const float scale = half_to_float(half), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
         for (int64_t i = first; i < first + group; i++)
-            data[i * step] = uint8_t(step_of(x[i], inverse, -127.0f, 127.0f) + above);
+            data[place_of(cache.order, D, index, i)] = uint8_t(step_of(x[i], inverse, -127.0f, 127.0f) + above);
     }
 }
 
 // Rows first..first + count - 1 as floats [count][D], turned where they are kept so. Not of 4 bits, which become 8.
 void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out) {
     const int64_t D = cache.head_dim, group = cache.group;
-    const uint8_t* data = cache.data + first * cache.row_bytes();
-    if (cache.bits == 16) return to_float(data, cache.dtype, count * D, out);
-    const uint8_t* scales = cache.scales + first * cache.scale_bytes();
-    const bool fours = cache.order == Order::FOURS;
-    const uint8_t flip = cache.order == Order::UNSIGNED ? 128 : 0;
-    for (int64_t s = 0; s < count; s++)
-        for (int64_t d = 0; d < D; d++) {
-            const int64_t at = fours ? s / 4 * 4 * D + d * 4 + s % 4 : s * D + d;
-            *out++ = float(int8_t(data[at] ^ flip)) * half_at(scales, s * (D / group) + d / group);
-        }
+    if (cache.bits == 16) return to_float(cache.data + first * cache.row_bytes(), cache.dtype, count * D, out);
+    for (int64_t s = first; s < first + count; s++) // in the order of rows: 64 does not divide D
+        for (int64_t d = 0; d < D; d++)
+            *out++ = float(int8_t(cache.data[s * D + d])) * half_at(cache.scales, s * (D / group) + d / group);
 }
 
 // Rows of 4 bits as those of 8 bits that they are once their levels are looked up, at `bytes`; others as they are.
 inline CacheRows as_8_bits(const CacheRows& cache, const uint8_t* bytes) {
     if (cache.bits != 4) return cache;
-    const Order order = cache.order == Order::FOURS ? Order::ROWS : cache.order;
+    const Order order = cache.order == Order::KEYS ? Order::UNSIGNED : Order::ROWS;
     return {bytes, nullptr, cache.head_dim, cache.head_dim, 8, cache.dtype, order};
 }
 
@@ -104,7 +96,7 @@ template <typename I>
     const uint8_t *data = cache.data + first * cache.row_bytes(), *side = cache.scales + first * side_bytes;
     if constexpr (I::INT_TILES) {
         if (D % 64 == 0) {
-            const uint16_t* lowests = cache.order == Order::UNSIGNED ? CODE.unsigned_lowests : CODE.lowests;
+            const uint16_t* lowests = cache.order == Order::KEYS ? CODE.unsigned_lowests : CODE.lowests;
             for (int64_t s = 0; s < count; s++, side += side_bytes)
                 for (int64_t d = 0; d < D; d += 64, data += 32, out += 64) {
                     uint64_t codes; // eight are six bytes, before which there are two others in any case
@@ -363,20 +355,58 @@ inline bool in_pairs(const CacheRows& cache) {
     return cache.bits == 8 && cache.group % 2 == 0 && cache.head_dim / cache.group <= MAX_GROUPS;
 }
 
-// Keys, which are unsigned, as 16-bit integers [count][D].
+// Bytes of 16 times four numbers: the first two and the last two of each, as 16-bit integers. `flip`: 128 where bytes are
+// signed, 0 where they are 128 above what they stand for. As vectors of whatever registers there are: of loops over arrays GCC
+// makes stores and longer loads, which wait for each other.
+inline void split_fours(const uint8_t* in, uint16_t flip, int16_t* first, int16_t* last) {
+    typedef uint32_t Words __attribute__((vector_size(32)));
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    for (int64_t i = 0; i < 64; i += 32) {
+        Words words;
+        memcpy(&words, in + i, sizeof words);
+        const Words low = (words & 0xFF) | (words & 0xFF00) << 8, high = (words >> 16 & 0xFF) | words >> 24 << 16;
+        const Halves a = (Halves(low) ^ flip) - 128, b = (Halves(high) ^ flip) - 128;
+        memcpy(first + i / 2, &a, sizeof a);
+        memcpy(last + i / 2, &b, sizeof b);
+    }
+}
+
+// Keys as 16-bit integers: [count][D], or [count / 16][D / 2][16][2].
+struct WideKeys {
+    const int16_t* data;
+    int64_t head_dim;
+    bool laid_out;
+    int64_t stride, pair_stride; // from a row to the next one, and from a pair of dimensions
+
+    WideKeys(const int16_t* data, const CacheRows& keys)
+        : data(data), head_dim(keys.head_dim), laid_out(keys.order == Order::KEYS), stride(laid_out ? 2 : head_dim),
+          pair_stride(laid_out ? 32 : 2) {}
+    const int16_t* at(int64_t row) const {
+        return data + (laid_out ? row / 16 * 16 * head_dim + row % 16 * 2 : row * head_dim);
+    }
+};
+
 inline void widen_keys(const CacheRows& cache, int64_t first, int64_t count, int16_t* out) {
-    const uint8_t* data = cache.data + first * cache.row_bytes();
-    for (int64_t i = 0; i < count * cache.head_dim; i++) out[i] = int16_t(data[i] - 128);
+    const int64_t D = cache.head_dim;
+    const uint8_t* data = cache.data + first * D;
+    if (cache.order == Order::KEYS) {
+        for (int64_t i = 0; i < round_up(count, 16) * D; i += 64) split_fours(data + i, 0, out + i, out + i + 32);
+        return;
+    }
+    const uint8_t flip = cache.order == Order::UNSIGNED ? 128 : 0;
+    for (int64_t i = 0; i < count * D; i++) out[i] = int8_t(data[i] ^ flip);
 }
 
 // Values as 16-bit integers, two rows side by side: [pairs][D][2]; a missing last row is 0.
 inline void widen_values(const CacheRows& cache, int64_t first, int64_t count, int16_t* out) {
     const int64_t D = cache.head_dim, bytes = cache.row_bytes();
-    if (cache.order == Order::FOURS) { // behind the last row may be anything: weights there are 0
-        const uint8_t* four = cache.data + first * bytes;
-        for (int64_t s = 0; s < count; s += 4, out += 4 * D)
-            for (int64_t d = 0; d < D; d++, four += 4)
-                for (int64_t k = 0; k < 4; k++) out[k / 2 * 2 * D + 2 * d + k % 2] = int8_t(four[k]);
+    if (cache.order == Order::VALUES) { // behind the last row may be anything: weights there are 0
+        const uint8_t* data = cache.data + first * bytes;
+        for (int64_t d = 0; d < D; d += 16)
+            for (int64_t s = 0; s < count; s += 4) {
+                int16_t* pairs = out + s * D + 2 * d;
+                split_fours(data + 64 * d + 16 * s, 128, pairs, pairs + 2 * D);
+            }
         return;
     }
     const uint8_t nothing[MAX_GROUPS * 128] = {};
@@ -445,8 +475,7 @@ inline void round_queries(float* query, int64_t D, float* beside) {
 }
 
 template <int T>
-[[gnu::noinline]] void score_pairs(const IntQueries& q, const BlockScales& k, const int16_t* rows, int64_t head_dim, int64_t row,
-                        float* scores) {
+[[gnu::noinline]] void score_pairs(const IntQueries& q, const BlockScales& k, const WideKeys& keys, int64_t row, float* scores) {
     Float totals[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) totals[t] = Isa::zero();
@@ -454,8 +483,8 @@ template <int T>
         Int sums[T];
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) sums[t] = Isa::int_set1(0);
-        Isa::template dot_pairs<T>(q.pairs + g * k.group * LANES, rows + row * head_dim + g * k.group, head_dim, 2,
-                                   k.group / 2, sums);
+        Isa::template dot_pairs<T>(q.pairs + g * k.group * LANES, keys.at(row) + g * k.group / 2 * keys.pair_stride,
+                                   keys.stride, keys.pair_stride, k.group / 2, sums);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             totals[t] = Isa::fma(Isa::to_float(sums[t]), Isa::set1(*k.at(row + t, g)), totals[t]);
@@ -561,13 +590,14 @@ struct IntTiles {
         I::take_128_off(bytes, head_dim / 4, reinterpret_cast<int32_t*>(beside + LANES));
     }
 
-    template <int N, int64_t D>
+    // D: head_dim where it is known. LAID_OUT: keys lie so, else as rows.
+    template <int N, int64_t D, bool LAID_OUT>
     [[gnu::noinline]] static Float score(const int8_t* query, Int start, const uint8_t* rows, int64_t head_dim,
                                          const float* scale, Ahead& ahead, Float highest, float* scores) {
         Int dots[N];
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) dots[t] = start;
-        I::template dot_bytes<N>(query, rows, D != 0 ? D : head_dim, head_dim / 4, ahead, dots);
+        I::template dot_bytes<N>(query, rows, LAID_OUT ? 4 : D != 0 ? D : head_dim, LAID_OUT ? 64 : 4, head_dim / 4, ahead, dots);
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) {
             const Float x = Isa::mul(Isa::to_float(dots[t]), Isa::set1(scale[t]));
@@ -578,18 +608,19 @@ struct IntTiles {
     }
 
     // Scores [count][16] before they are multiplied by the queries' steps; returns the highest of each lane.
-    template <int64_t D>
+    template <int64_t D, bool LAID_OUT>
     static Float scores(const int8_t* query, const float* beside, const uint8_t* rows, int64_t head_dim, const BlockScales& k,
                         int64_t count, Ahead& ahead, float* out) {
         const Int start = Isa::int_load(reinterpret_cast<const int32_t*>(beside + LANES));
+        const auto at = [&](int64_t s) { return rows + (LAID_OUT ? s / 16 * 16 * head_dim + s % 16 * 4 : s * head_dim); };
         Float highest = Isa::set1(LOWEST);
         int64_t s = 0;
         for (; s + 16 <= count; s += 16)
-            highest = score<16, D>(query, start, rows + s * head_dim, head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<16, D, LAID_OUT>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s + 4 <= count; s += 4)
-            highest = score<4, D>(query, start, rows + s * head_dim, head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<4, D, LAID_OUT>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s < count; s++)
-            highest = score<1, D>(query, start, rows + s * head_dim, head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<1, D, LAID_OUT>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         return highest;
     }
 
@@ -640,11 +671,12 @@ struct IntTiles {
         }
     }
 
-    // out [D][16] += weights, as `byte_weights` leaves them, times values, four rows side by side.
-    static void weigh_bytes(const uint8_t* weights, Float step, const uint8_t* values, int64_t head_dim, int64_t count,
-                            Ahead& ahead, float* out) {
+    // out [D][16] += weights, as `byte_weights` leaves them, times a block of values: laid out, or as `four_rows` leaves it.
+    static void weigh_bytes(const uint8_t* weights, Float step, const uint8_t* values, bool laid_out, int64_t head_dim,
+                            int64_t count, Ahead& ahead, float* out) {
+        const int64_t column = laid_out ? 64 : 4, stride = laid_out ? 64 : 4 * head_dim;
         for (int64_t d = 0; d < head_dim; d += LANES)
-            byte_tile(weights, step, values + 4 * d, 4 * head_dim, (count + 3) / 4, ahead, out + d * LANES);
+            byte_tile(weights, step, values + column * d, stride, (count + 3) / 4, ahead, out + d * LANES);
     }
     [[gnu::noinline]] static void byte_tile(const uint8_t* weights, Float step, const uint8_t* values, int64_t stride, int64_t fours,
                                             Ahead& ahead, float* out) {
@@ -742,7 +774,11 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             Float highest = Isa::zero(), factor = Isa::set1(1.0f); // of queries that do not have it in them
             if (byte_keys) {
                 if constexpr (I::INT_TILES) {
-                    const auto of = D == 128 ? IntTiles<I>::template scores<128> : IntTiles<I>::template scores<0>;
+                    const bool known = D == 128, laid_out = keys.order == Order::KEYS;
+                    const auto of = known && laid_out ? IntTiles<I>::template scores<128, true>
+                                    : known           ? IntTiles<I>::template scores<128, false>
+                                    : laid_out        ? IntTiles<I>::template scores<0, true>
+                                                      : IntTiles<I>::template scores<0, false>;
                     highest = of(reinterpret_cast<const int8_t*>(query), mine, keys.data + key_at * D, D, key_scales, seen,
                                  values_ahead, target);
                     factor = Isa::load(mine);
@@ -759,12 +795,13 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             } else {
                 if (int_keys) {
                     const IntQueries q{reinterpret_cast<const int16_t*>(query), mine};
+                    const WideKeys wide_keys(words, keys);
                     int64_t i = 0;
                     for (; i + T <= seen; i += T) {
                         values_ahead.rows(T);
-                        score_pairs<T>(q, key_scales, words, D, i, target);
+                        score_pairs<T>(q, key_scales, wide_keys, i, target);
                     }
-                    for (; i < seen; i++) score_pairs<1>(q, key_scales, words, D, i, target);
+                    for (; i < seen; i++) score_pairs<1>(q, key_scales, wide_keys, i, target);
                 } else {
                     attend_scores(query, rows, D, seen, target);
                 }
@@ -786,10 +823,10 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             }
         }
         if (a.values.bits == 4) widen_levels<I>(a.values, s, count, bytes);
-        const uint8_t* fours = values.data + value_at * D;
+        const uint8_t* laid = values.data + value_at * D;
         if constexpr (I::INT_TILES)
             if (byte_values && values.order == Order::ROWS) {
-                fours = reinterpret_cast<uint8_t*>(rows);
+                laid = reinterpret_cast<uint8_t*>(rows);
                 IntTiles<I>::four_rows(values, value_at, count, reinterpret_cast<uint8_t*>(rows));
             }
         if (int_values && !byte_values) widen_values(values, value_at, count, words);
@@ -806,8 +843,8 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             } else if (byte_values) {
                 if constexpr (I::INT_TILES) {
                     IntTiles<I>::weigh_bytes(reinterpret_cast<const uint8_t*>(mine),
-                                             Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES), fours, D, seen,
-                                             keys_ahead, sums);
+                                             Isa::load(beside + (t + 1) * INT_QUERY_FLOATS - LANES), laid,
+                                             values.order == Order::VALUES, D, seen, keys_ahead, sums);
                 }
             } else if (int_values) {
                 attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);

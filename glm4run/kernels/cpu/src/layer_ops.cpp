@@ -118,10 +118,12 @@ AttentionPart part_of(const AttentionContext& c, int64_t index) {
     return {index / (c.lane_groups * c.kv_heads), index / c.lane_groups % c.kv_heads, index % c.lane_groups};
 }
 
-// Rows of one KV head.
-CacheRows head_of(const G4Cache& cache, const G4CacheRows& rows, int64_t head_dim, int64_t kv_head) {
-    const Order order = &rows == &cache.values ? Order::FOURS : Order::UNSIGNED;
-    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype, order};
+const G4CacheRows& rows_in(const G4Cache& cache, bool values) { return values ? cache.values : cache.keys; }
+
+// Keys or values of one KV head.
+CacheRows head_of(const G4Cache& cache, bool values, int64_t head_dim, int64_t kv_head) {
+    const G4CacheRows& rows = rows_in(cache, values);
+    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype, kept_order(head_dim, values)};
     const int64_t first = kv_head * cache.capacity;
     one.data += first * one.row_bytes();
     if (one.scales != nullptr) one.scales += first * one.scale_bytes();
@@ -135,8 +137,8 @@ AttentionRows rows_of(const AttentionContext& c, const AttentionPart& part) {
     rows.query = c.query + (part.kv_head * c.repeat() + first_head) * c.query_head * element;
     rows.query_token = c.query_token;
     rows.query_head = c.query_head;
-    rows.keys = head_of(c.cache, c.cache.keys, c.head_dim, part.kv_head);
-    rows.values = head_of(c.cache, c.cache.values, c.head_dim, part.kv_head);
+    rows.keys = head_of(c.cache, false, c.head_dim, part.kv_head);
+    rows.values = head_of(c.cache, true, c.head_dim, part.kv_head);
     rows.heads = left < ATTENTION_LANES ? left : ATTENTION_LANES;
     rows.seen = c.seen(0);
     rows.dtype = c.dtype;
@@ -164,7 +166,7 @@ void attend_piece(const void* context, int64_t index, Ticket& ticket) {
     const int64_t next = index + pool_threads(); // the threads take pieces in turns
     if (next / c.stretches < c.parts()) {
         const AttentionPart other = part_of(c, next / c.stretches);
-        const CacheRows keys = head_of(c.cache, c.cache.keys, c.head_dim, other.kv_head);
+        const CacheRows keys = head_of(c.cache, false, c.head_dim, other.kv_head);
         rows.next_keys = keys.data + next % c.stretches * cut.stretch * keys.row_bytes();
         rows.next_rows = ATTENTION_BLOCK;
     }
@@ -223,8 +225,9 @@ struct AppendContext {
     int32_t dtype;
 };
 
-void append_row(const AppendContext& c, const G4CacheRows& rows, const char* from, int64_t t, int64_t h) {
-    const CacheRows head = head_of(c.cache, rows, c.head_dim, h);
+void append_row(const AppendContext& c, bool values, int64_t t, int64_t h) {
+    const CacheRows head = head_of(c.cache, values, c.head_dim, h);
+    const char* from = values ? c.value : c.key;
     const char* row = from + (t * c.token_stride + h * c.head_stride) * dtype_bytes(c.dtype);
     uint8_t* to = const_cast<uint8_t*>(head.data) + (c.position + t) * head.row_bytes();
     if (!head.turned() && c.dtype == c.cache.dtype) {
@@ -234,7 +237,8 @@ void append_row(const AppendContext& c, const G4CacheRows& rows, const char* fro
     float wide[MAX_QUANTIZED_HEAD];
     c.kernels->to_float(row, c.dtype, c.head_dim, wide);
     if (head.turned()) {
-        for (int64_t d = 0; rows.offset && d < c.head_dim; d++) wide[d] -= rows.offset[h * c.head_dim + d];
+        const float* offset = rows_in(c.cache, values).offset;
+        for (int64_t d = 0; offset != nullptr && d < c.head_dim; d++) wide[d] -= offset[h * c.head_dim + d];
         c.kernels->quantize_row(wide, head, c.position + t);
     } else {
         c.kernels->from_float(wide, c.cache.dtype, c.head_dim, to);
@@ -245,8 +249,8 @@ void append_piece(const void* context, int64_t index, Ticket&) {
     const AppendContext& c = *static_cast<const AppendContext*>(context);
     for (int64_t t = index * c.piece_rows; t < c.tokens && t < (index + 1) * c.piece_rows; t++)
         for (int64_t h = 0; h < c.kv_heads; h++) {
-            append_row(c, c.cache.keys, c.key, t, h);
-            append_row(c, c.cache.values, c.value, t, h);
+            append_row(c, false, t, h);
+            append_row(c, true, t, h);
         }
 }
 

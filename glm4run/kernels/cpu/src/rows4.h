@@ -92,10 +92,10 @@ inline uint64_t eight_codes(const uint8_t* side, int64_t side_bytes, int64_t i) 
     return at < 0 ? codes : codes >> 8 * (first - at);
 }
 
-// A row's numbers [D], in units of its scale; or 128 more than that.
+// A row's numbers [D], in units of its scale; of keys that products take unsigned, 128 more than that.
 inline void widen_from_4(const uint8_t* data, const uint8_t* side, int64_t side_bytes, int64_t head_dim, int64_t group,
                          Order order, uint8_t* out) {
-    const uint16_t flip = order == Order::UNSIGNED ? 0 : 0x8080;
+    const uint16_t flip = order == Order::KEYS ? 0 : 0x8080;
     if (group != 8) { // the whole row
         const int8_t* code = CODES[side[2] & 63];
         for (int64_t i = 0; i < head_dim; i++)

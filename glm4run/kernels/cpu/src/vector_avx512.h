@@ -213,11 +213,12 @@ struct Isa {
         sum = _mm512_dpwssd_epi32(sum, w, _mm512_set1_epi32(word));
 #endif
     }
-    // sums[t] += w * x over 4 `fours` bytes of rows x, which are unsigned; w signed, [fours][16][4].
+    // sums[t] += w * x over 4 `fours` bytes of rows x, which are unsigned: rows `stride` bytes apart, fours `step`. w signed,
+    // [fours][16][4].
     template <int T, typename Ahead>
-    static inline void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, int64_t fours, Ahead& ahead,
-                                 Int (&sums)[T]) {
-        for (int64_t i = 0; i < fours; i++, w += 64, x += 4) {
+    static inline void dot_bytes(const int8_t* w, const uint8_t* x, int64_t stride, int64_t step, int64_t fours,
+                                 Ahead& ahead, Int (&sums)[T]) {
+        for (int64_t i = 0; i < fours; i++, w += 64, x += step) {
             Int row = _mm512_loadu_si512(w);
             once(row);
             ahead.line();
@@ -265,8 +266,8 @@ struct Isa {
             _mm512_storeu_si512(out + 192, _mm512_unpackhi_epi16(c, d));
         }
     }
-    // sums[c] = w * x over four rows each of 16 columns: w unsigned [count][16][4], x signed, four rows side by side, `stride`
-    // bytes for all their columns.
+    // sums[c] = w * x over four rows each of 16 columns: w unsigned [count][16][4], x signed, four rows side by side, the next
+    // four `stride` bytes on.
     template <typename Ahead>
     static inline void weigh_bytes(const uint8_t* w, const uint8_t* x, int64_t stride, int64_t count, Ahead& ahead,
                                    Int (&sums)[16]) {
