@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from glm4run.errors import DoesNotFitError, UsageError
 from glm4run.generate import LoadedModel
 from glm4run.kernels.cpu.library import native, why_missing
+from glm4run.kv_format import rows_for
 from glm4run.layers import QuantizedLinear
 from glm4run.loading import available_bytes
 from glm4run.machine import cpu_name, default_threads
@@ -194,7 +195,7 @@ def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
             total += module.nbytes
         elif isinstance(module, nn.Linear):
             total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-    cache = model.plan.bytes_of("kv_cache") // model.plan.context_len
+    cache = model.plan.bytes_of("kv_cache") // rows_for(model.plan.context_len)
     return total // min(tokens, model.plan.chunk) + depth * cache
 
 

@@ -134,6 +134,11 @@ class KVCache:
                         collapse(start, tokens * row)
 
     @property
+    def bytes_per_token(self) -> int:
+        """What keys and values of one token take."""
+        return self.nbytes // rows_for(self.capacity)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(

@@ -194,9 +194,7 @@ class PromptCache:
         describe_folder(self.folder, self.model.name, self._fingerprint())
         room = Room(self.most_bytes, self.root)
         what = self._describe(ids)
-        nbytes = sum(
-            t.numel() * t.element_size() for n in range(len(cache.layers)) for t in cache.rows(n, 0, 1).values()
-        )
+        nbytes = cache.bytes_per_token
         seen, mine = hashlib.sha256(), []
         for start in range(0, len(ids), PIECE_TOKENS):
             part = ids[start : start + PIECE_TOKENS]

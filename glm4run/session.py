@@ -93,7 +93,7 @@ class Session:
     @property
     def kv_bytes_per_token(self) -> int:
         """What a token takes in the cache."""
-        return self._context.cache.nbytes // self._context.cache.capacity
+        return self._context.cache.bytes_per_token
 
     @property
     def cached_tokens(self) -> int:

@@ -55,7 +55,7 @@ def test_bytes_per_token_of_the_real_shape() -> None:
     config = dataclasses.replace(CONFIG, num_hidden_layers=40, head_dim=128)
     for capacity, rows in ((9, 64), (64, 64), (65, 128)):
         cache = KVCache(config, capacity, dtype=torch.bfloat16, device=torch.device("meta"))
-        assert (cache.capacity, cache.nbytes) == (capacity, rows * 40_960)
+        assert (cache.capacity, cache.nbytes, cache.bytes_per_token) == (capacity, rows * 40_960, 40_960)
 
 
 def test_append_returns_everything_so_far() -> None:
