@@ -231,8 +231,8 @@ class PromptCache:
 
 
 def _is_finite(cache: KVCache, start: int, end: int) -> bool:
-    rows = (tensor for n in range(len(cache.layers)) for tensor in cache.rows(n, start, end).values())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in rows)
+    tensors = (tensor for n in range(len(cache.layers)) for tensor in cache.tensors(n).values())
+    return all(bool(torch.isfinite(tensor[:, start:end]).all()) for tensor in tensors)
 
 
 def _bytes(ids: Sequence[int]) -> bytes:

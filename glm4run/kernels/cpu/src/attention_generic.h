@@ -76,10 +76,14 @@ void quantize_row(float* x, const CacheRows& cache, int64_t index) {
 // Rows first..first + count - 1 as floats [count][D], turned where they are kept so. Not of 4 bits, which become 8.
 void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out) {
     const int64_t D = cache.head_dim, group = cache.group;
-    if (cache.bits == 16) return to_float(cache.data + first * cache.row_bytes(), cache.dtype, count * D, out);
-    for (int64_t s = first; s < first + count; s++) // in the order of rows: 64 does not divide D
-        for (int64_t d = 0; d < D; d++)
-            *out++ = float(int8_t(cache.data[s * D + d])) * half_at(cache.scales, s * (D / group) + d / group);
+    const uint8_t* data = cache.data + first * cache.row_bytes();
+    if (cache.bits == 16) return to_float(data, cache.dtype, count * D, out);
+    const uint8_t* scales = cache.scales + first * cache.scale_bytes();
+    const int8_t* q = reinterpret_cast<const int8_t*>(data); // in the order of rows: 64 does not divide D
+    for (int64_t g = 0; g < count * D / group; g++, q += group, out += group) {
+        const float scale = half_at(scales, g);
+        for (int64_t i = 0; i < group; i++) out[i] = float(q[i]) * scale;
+    }
 }
 
 // Rows of 4 bits as those of 8 bits that they are once their levels are looked up, at `bytes`; others as they are.
@@ -590,14 +594,15 @@ struct IntTiles {
         I::take_128_off(bytes, head_dim / 4, reinterpret_cast<int32_t*>(beside + LANES));
     }
 
-    // D: head_dim where it is known. LAID_OUT: keys lie so, else as rows.
-    template <int N, int64_t D, bool LAID_OUT>
+    // From a key to the next one, where it is known: 4 where they are laid out, else their width.
+    static constexpr int64_t LAID_OUT = 4;
+    template <int N, int64_t STRIDE>
     [[gnu::noinline]] static Float score(const int8_t* query, Int start, const uint8_t* rows, int64_t head_dim,
                                          const float* scale, Ahead& ahead, Float highest, float* scores) {
         Int dots[N];
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) dots[t] = start;
-        I::template dot_bytes<N>(query, rows, LAID_OUT ? 4 : D != 0 ? D : head_dim, LAID_OUT ? 64 : 4, head_dim / 4, ahead, dots);
+        I::template dot_bytes<N>(query, rows, STRIDE != 0 ? STRIDE : head_dim, STRIDE == LAID_OUT ? 64 : 4, head_dim / 4, ahead, dots);
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) {
             const Float x = Isa::mul(Isa::to_float(dots[t]), Isa::set1(scale[t]));
@@ -608,19 +613,19 @@ struct IntTiles {
     }
 
     // Scores [count][16] before they are multiplied by the queries' steps; returns the highest of each lane.
-    template <int64_t D, bool LAID_OUT>
+    template <int64_t STRIDE>
     static Float scores(const int8_t* query, const float* beside, const uint8_t* rows, int64_t head_dim, const BlockScales& k,
                         int64_t count, Ahead& ahead, float* out) {
         const Int start = Isa::int_load(reinterpret_cast<const int32_t*>(beside + LANES));
-        const auto at = [&](int64_t s) { return rows + (LAID_OUT ? s / 16 * 16 * head_dim + s % 16 * 4 : s * head_dim); };
+        const auto at = [&](int64_t s) { return rows + (STRIDE == LAID_OUT ? s / 16 * 16 * head_dim + s % 16 * 4 : s * head_dim); };
         Float highest = Isa::set1(LOWEST);
         int64_t s = 0;
         for (; s + 16 <= count; s += 16)
-            highest = score<16, D, LAID_OUT>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<16, STRIDE>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s + 4 <= count; s += 4)
-            highest = score<4, D, LAID_OUT>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<4, STRIDE>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         for (; s < count; s++)
-            highest = score<1, D, LAID_OUT>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
+            highest = score<1, STRIDE>(query, start, at(s), head_dim, k.at(s, 0), ahead, highest, out + s * LANES);
         return highest;
     }
 
@@ -774,11 +779,9 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             Float highest = Isa::zero(), factor = Isa::set1(1.0f); // of queries that do not have it in them
             if (byte_keys) {
                 if constexpr (I::INT_TILES) {
-                    const bool known = D == 128, laid_out = keys.order == Order::KEYS;
-                    const auto of = known && laid_out ? IntTiles<I>::template scores<128, true>
-                                    : known           ? IntTiles<I>::template scores<128, false>
-                                    : laid_out        ? IntTiles<I>::template scores<0, true>
-                                                      : IntTiles<I>::template scores<0, false>;
+                    const auto of = keys.order == Order::KEYS ? IntTiles<I>::template scores<IntTiles<I>::LAID_OUT>
+                                    : D == 128                ? IntTiles<I>::template scores<128>
+                                                              : IntTiles<I>::template scores<0>;
                     highest = of(reinterpret_cast<const int8_t*>(query), mine, keys.data + key_at * D, D, key_scales, seen,
                                  values_ahead, target);
                     factor = Isa::load(mine);
