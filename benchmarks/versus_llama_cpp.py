@@ -38,7 +38,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 
 from glm4run import load_model
-from glm4run.benchmark import Bandwidth, ReadProbe, bytes_per_token, time_decode, time_prefill
+from glm4run.benchmark import Bandwidth, ReadProbe, bytes_per_token, filled, time_decode, time_prefill
 from glm4run.machine import commit, cpu_name, default_threads
 
 SETTLE_S = 0.3  # before each sample: OpenMP's threads spin for a while after their last work
@@ -96,7 +96,7 @@ class Ours:
 
     def seconds(self, test: Test) -> float:
         timed = time_prefill if test.kind == "prefill" else time_decode
-        return timed(self.model, test.tokens, test.depth)
+        return timed(self.model, filled(self.model, test.depth, test.tokens + 1), test.tokens)
 
     def bytes_per_token(self, depth: int) -> int:
         return bytes_per_token(self.model, depth)

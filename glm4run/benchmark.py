@@ -41,6 +41,7 @@ COPIED_BYTES, LEAST_COPIED_BYTES = 4 << 30, 8 << 20  # on a GPU, at most a quart
 COPIES, COPY_READINGS = 10, 5
 DENSE_PROBE_ROWS = 8192
 FILLED_AT_ONCE = 1024  # tokens of a cache
+UNTIMED = 1  # steps before those that are timed: the first one behind other work is not typical
 STEADY = 0.9  # two readings of the bandwidth agree if their ratio is at least this
 
 
@@ -199,28 +200,64 @@ def bytes_per_token(model: LoadedModel, depth: int = 0, tokens: int = 1) -> int:
     return total // min(tokens, model.plan.chunk) + depth * cache
 
 
-def time_prefill(model: LoadedModel, tokens: int, depth: int = 0) -> float:
-    """Seconds to feed `tokens` behind `depth` others and to have the last one's logits."""
+def filled(model: LoadedModel, depth: int, room: int) -> Context:
+    """A context with `depth` tokens in it, and room for more.
+
+    The keys and values are random: how long they take does not depend on what they are, and computing tens of thousands
+    of them would take longer than all that is measured.
+
+    Raises:
+        UsageError: that does not fit the model's context.
+    """
+    if depth + room > model.plan.context_len:
+        raise UsageError(f"{depth} + {room} tokens do not fit a context of {model.plan.context_len}")
     model.settle()
-    context = _filled(model, depth, tokens)
+    context = model.new_context()
+    cache, config = context.cache, model.config
+    ops = cast(DecoderLayer, model.model.model.layers[0]).self_attn.ops
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, config.num_key_value_heads, min(depth, FILLED_AT_ONCE), config.head_dim)
+    with torch.inference_mode():
+        rows = torch.randn(shape, generator=draw).to(model.model.dtype).to(model.device)
+        for first in range(0, depth, FILLED_AT_ONCE):
+            count = min(FILLED_AT_ONCE, depth - first)
+            for layer in cache.layers:
+                ops.append(layer, first, rows[0, :, :count], rows[1, :, :count])
+            cache.advance(count)
+    _synchronize(model)
+    return context
+
+
+def time_prefill(model: LoadedModel, context: Context, tokens: int) -> float:
+    """Seconds to feed `tokens` behind what the context holds and to have the last one's logits.
+
+    Afterwards the context holds what it held.
+    """
+    depth = context.cache.position
     with torch.inference_mode():
         started = time.perf_counter()
         _feed(model, context, _ids(model, tokens))
         _synchronize(model)
-        return time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+    context.cache.truncate(depth)
+    return elapsed
 
 
-def time_decode(model: LoadedModel, tokens: int, depth: int = 0) -> float:
-    """Seconds to decode `tokens`, greedily, behind `depth` others (at least one)."""
-    model.settle()
-    context = _filled(model, max(1, depth), tokens + 1)
+def time_decode(model: LoadedModel, context: Context, tokens: int) -> float:
+    """Seconds to decode `tokens`, greedily, behind what the context holds and one token more.
+
+    Afterwards the context holds what it held.
+    """
+    depth = context.cache.position
     with torch.inference_mode():
-        token = _feed(model, context, _ids(model, 1))  # warm: the first step after a prefill is not typical
+        token = _feed(model, context, _ids(model, UNTIMED))
         started = time.perf_counter()
         for _ in range(tokens):
             token = _feed(model, context, token)
         _synchronize(model)
-        return time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+    context.cache.truncate(depth)
+    return elapsed
 
 
 def measure(
@@ -249,19 +286,20 @@ def measure(
             f"the tests need a context of {longest} tokens, this one has {model.plan.context_len}",
             hint="use smaller --prompt, --generate or --depth",
         )
-    model.settle()
-    tests = [(f"pp{tokens}", tokens, time_prefill) for tokens in prompts]
+    tests = [(f"pp{tokens}", tokens, tokens, time_prefill) for tokens in prompts]
     if generate:
-        tests.append((f"tg{generate}", generate, time_decode))
+        tests.append((f"tg{generate}", generate, generate + UNTIMED, time_decode))
     for depth in depths:
-        for name, tokens, run in tests:
+        for name, tokens, room, run in tests:
             progress(f"{name} at depth {depth}")
             nbytes = bytes_per_token(model, depth, tokens if run is time_prefill else 1)
             speeds = []
+            context = filled(model, depth, room)
             readings = [_reading(probe, bandwidth)]
             for _ in range(repeat):
-                speeds.append(tokens / run(model, tokens, depth))
+                speeds.append(tokens / run(model, context, tokens))
                 readings.append(_reading(probe, bandwidth))
+            del context  # before the next one: the plan has room for one
             share = share_of_bandwidth([speed * nbytes / 1e9 for speed in speeds], readings)
             yield Row(name, depth, statistics.median(speeds), nbytes, model.backend_detail, share)
 
@@ -319,30 +357,6 @@ def _median_seconds(model: LoadedModel, call: Callable[[], object], repeat: int 
             _synchronize(model)
             samples.append(time.perf_counter() - started)
     return statistics.median(samples)
-
-
-def _filled(model: LoadedModel, depth: int, room: int) -> Context:
-    """A context with `depth` tokens in it, and room for more.
-
-    The keys and values are random: how long they take does not depend on what they are, and computing tens of thousands
-    of them would take longer than all that is measured.
-    """
-    if depth + room > model.plan.context_len:
-        raise UsageError(f"{depth} + {room} tokens do not fit a context of {model.plan.context_len}")
-    context = model.new_context()
-    cache, config = context.cache, model.config
-    ops = cast(DecoderLayer, model.model.model.layers[0]).self_attn.ops
-    draw = torch.Generator().manual_seed(0)
-    shape = (2, config.num_key_value_heads, min(depth, FILLED_AT_ONCE), config.head_dim)
-    with torch.inference_mode():
-        rows = torch.randn(shape, generator=draw).to(model.model.dtype).to(model.device)
-        for first in range(0, depth, FILLED_AT_ONCE):
-            count = min(FILLED_AT_ONCE, depth - first)
-            for layer in cache.layers:
-                ops.append(layer, first, rows[0, :, :count], rows[1, :, :count])
-            cache.advance(count)
-    _synchronize(model)
-    return context
 
 
 def _feed(model: LoadedModel, context: Context, ids: Tensor) -> Tensor:

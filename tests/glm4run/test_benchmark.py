@@ -12,6 +12,7 @@ from glm4run import LoadedModel, benchmark, load_model
 from glm4run.benchmark import (
     Bandwidth,
     bytes_per_token,
+    filled,
     measure,
     share_of_bandwidth,
     slower_than_bf16,
@@ -66,11 +67,14 @@ def test_work_is_done_behind_the_depth(demo: LoadedModel, monkeypatch: pytest.Mo
         return forward(self, ids, cache)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(demo.model), "hidden_states", watched)
-    assert time_prefill(demo, 20, depth=30) > 0
-    assert positions == [(30, 20)]  # what lies before is filled in, not computed
+    context = filled(demo, 30, 21)
+    assert positions == []  # what lies before is filled in, not computed
+    assert time_prefill(demo, context, 20) > 0
+    assert positions == [(30, 20)]
     positions.clear()
-    assert time_decode(demo, 3, depth=30) > 0
-    assert positions == [(30, 1), (31, 1), (32, 1), (33, 1)]  # the first step is not timed
+    for _ in range(2):  # a run leaves the context as it was
+        assert time_decode(demo, context, 3) > 0
+    assert positions == 2 * [(30, 1), (31, 1), (32, 1), (33, 1)]  # the first step is not timed
 
 
 def test_rows_are_compared_with_readings_around_them(demo: LoadedModel) -> None:
