@@ -76,8 +76,8 @@ def first_nonfinite(cache: KVCache) -> Nonfinite | None:
     """The earliest token with a key or value that is not finite, and the first layer in which it has one."""
     found: Nonfinite | None = None
     for layer in range(len(cache.layers)):
-        for tensor in cache.tensors(layer).values():  # integers are finite in whatever order
-            bad = ~torch.isfinite(tensor[:, : cache.position]).all(dim=-1).all(dim=0)
+        for rows in cache.rows(layer, 0, cache.position).values():
+            bad = ~torch.isfinite(rows).all(dim=-1).all(dim=0)
             if bool(bad.any()):
                 position = int(bad.int().argmax())
                 if found is None or position < found.position:

@@ -38,19 +38,22 @@ class KVCache:
         kv_format: KVFormat = KVFormat(),  # noqa: B008 (frozen)
         key_offsets: Sequence[Tensor] = (),
         for_cpu: bool | None = None,
+        floats_for_cpu: bool = False,
     ) -> None:
         """`key_offsets`: of each layer float32 [KVH, D], what its keys have in common (`key_offset.py`); none are taken
         off where there are none. `for_cpu`: whether rows of 8 bits lie as a CPU's instructions take them; None: where
-        they are on one."""
+        they are on one. `floats_for_cpu`: whether bf16 do, which the torch operations then have to copy."""
         self.capacity = capacity
         self.position = 0
         self.format = kv_format
         self._collapsed = 0  # tokens
         heads, room, width = config.num_key_value_heads, rows_for(capacity), config.head_dim
-        arranged = device.type == "cpu" if for_cpu is None else for_cpu
-        key_order, value_order = cpu_orders(width) if arranged else (Order.ROWS, Order.ROWS)
+        quantized_for_cpu = device.type == "cpu" if for_cpu is None else for_cpu
+        key_order, value_order = cpu_orders(width)
 
         def rows(bits: int, order: Order, offset: Tensor | None = None) -> KVRows:
+            arranged = floats_for_cpu if bits == 16 else quantized_for_cpu
+            order = order if arranged else Order.ROWS
             return new_rows(heads, room, width, bits, dtype=dtype, device=device, offset=offset, order=order)
 
         offsets: Sequence[Tensor | None] = key_offsets or [None] * config.num_hidden_layers
@@ -62,7 +65,7 @@ class KVCache:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes key and value [KVH, T, D] behind `position`; returns all so far [KVH, position + T, D], as they read.
 
-        Those are views where the cache holds floats.
+        Those are views where the cache holds floats as rows.
         """
         end = self.require(key.shape[1])
         keys, values = self.layers[layer].keys, self.layers[layer].values

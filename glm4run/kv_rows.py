@@ -12,7 +12,7 @@ is kept are integers:
     8 bits  x = scale * q                   q in -127 .. 127   scale float16, of a group of 128
     4 bits  x = scale * (lowest + step * u) u in 0 .. 15       scale float16, of the row; step, lowest of a group of 8
 
-In memory the integers q may lie in another order (`kv_order.py`).
+In memory the integers q, and bf16, may lie in another order (`kv_order.py`).
 
 Step and lowest level are integers too, one of 64 pairs (`kv_format.CODES`), so that 4 bits become 8 bits of one scale a
 row without a rounding. A group takes the pair that leaves the least squared error. Of u the even dimensions are in
@@ -40,7 +40,7 @@ from glm4run.kv_order import Order, put, taken
 class KVRows:
     """Keys, or values, of one layer and one sequence.
 
-    data: [KVH, S, D] floats (16 bits) or bytes in some `order` (8 bits); uint8 [KVH, S, D / 2] (4 bits). scales:
+    data: [KVH, S, D] floats (16 bits) or bytes (8 bits) in some `order`; uint8 [KVH, S, D / 2] (4 bits). scales:
     float16 [KVH, S, groups] (8 bits); uint8 [KVH, S, 2 + codes] (4 bits); None for floats. offset: float32 [KVH, D],
     taken from every row before it is quantized.
     """
@@ -90,7 +90,7 @@ class KVRows:
         put(self.data, self.order, start, rows)
 
     def read(self, end: int) -> Tensor:
-        """The first `end` rows [KVH, end, D] as they were written, up to rounding: a view where they are floats."""
+        """The first `end` rows [KVH, end, D] as they were written, up to rounding; a view of floats in that order."""
         turned = self.turned(end)
         if self.scales is None:
             return turned
@@ -98,9 +98,8 @@ class KVRows:
 
     def turned(self, end: int) -> Tensor:
         """The same; but quantized rows in float32 as they are kept: turned, and without the offset."""
-        if self.scales is None:
-            return self.data[:, :end]
-        return dequantize_rows(taken(self.data, self.order, 0, end), self.scales[:, :end], self.bits)
+        rows = taken(self.data, self.order, 0, end)
+        return rows if self.scales is None else dequantize_rows(rows, self.scales[:, :end], self.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,18 +146,19 @@ def new_rows(
 ) -> KVRows:
     """Room for `capacity` rows. Nothing is touched: a page costs memory only once a token has been written to it.
 
-    `offset` [KVH, D] is taken from rows that are quantized; floats are kept as they are. `order` is of rows of 8 bits;
-    others have one.
+    `offset` [KVH, D] is taken from rows that are quantized; floats are kept as they are. `order` is of rows of 8 bits
+    and of bf16; others have one.
 
     Raises:
         UsageError: `bits` is 4 and the head's width is odd.
     """
+    in_words = bits == 8 or (bits == 16 and dtype == torch.bfloat16)
+    order = order if in_words else Order.ROWS
+    assert order is Order.ROWS or capacity == rows_for(capacity)
     if bits == 16:
-        return KVRows(torch.empty(kv_heads, capacity, head_dim, dtype=dtype, device=device))
+        return KVRows(torch.empty(kv_heads, capacity, head_dim, dtype=dtype, device=device), order=order)
     if bits == 4 and head_dim % 2:
         raise UsageError(f"heads of {head_dim} values cannot be kept in 4 bits", hint="use --kv-bits 8")
-    order = order if bits == 8 else Order.ROWS
-    assert order is Order.ROWS or capacity == rows_for(capacity)
     signed = bits == 8 and order is not Order.KEYS
     kinds = torch.int8 if signed else torch.uint8, torch.float16 if bits == 8 else torch.uint8
     data, scales = (

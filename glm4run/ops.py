@@ -105,7 +105,8 @@ class NativeOps(Ops):
     def attend(self, query: Tensor, cache: KVLayer, end: int) -> Tensor:
         heads, tokens, head_dim = query.shape
         suits = tokens <= native.FEW_TOKENS or attends_natively(heads, cache.keys.data.shape[0])
-        takes = cache.is_quantized and native.takes(query) and native.takes_cache(cache, head_dim)
+        floats = {rows.data.dtype for rows in (cache.keys, cache.values) if rows.scales is None}
+        takes = native.takes(query) and native.takes_cache(cache, head_dim) and floats <= {query.dtype}
         if suits and takes and query.stride(-1) == 1:
             return native.attention(query, cache, end)
         return super().attend(query, cache, end)

@@ -160,6 +160,7 @@ class ReadyModel:
             device=self.device,
             kv_format=self.memory_run.kv_format,
             key_offsets=self.key_offsets,
+            floats_for_cpu=self.memory_run.compute.native_attention,
         )
         return Context(cache)
 

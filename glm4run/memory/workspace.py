@@ -45,6 +45,12 @@ class Compute:
         """fp16 models keep the residual in float32."""
         return 4 if self.dtype == "fp16" else self.dtype_bytes
 
+    @property
+    def native_attention(self) -> bool:
+        """Whether all attention of one sequence runs in the native library."""
+        config = self.config
+        return self.ops == "native" and attends_natively(config.num_attention_heads, config.num_key_value_heads)
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -278,8 +284,7 @@ def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
 def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_format: KVFormat) -> None:
     """`attention.grouped_query_attention`; leaves `attended`. Scores grow with the context up to their bound."""
     config, element = compute.config, compute.dtype_bytes
-    native = compute.ops == "native" and attends_natively(config.num_attention_heads, config.num_key_value_heads)
-    if native and compute.batch == 1:
+    if compute.native_attention and compute.batch == 1:
         ledger.hold("attention", attended=tokens * config.num_attention_heads * config.head_dim * element)
         return
     per_sequence = tokens // compute.batch

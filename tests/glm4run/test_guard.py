@@ -14,9 +14,11 @@ from glm4run.answer import collect
 from glm4run.chat_format import Message
 from glm4run.errors import GenerationError
 from glm4run.guard import DEAD_IN_A_ROW, Nonfinite, first_nonfinite
+from glm4run.kv_cache import KVCache
 from glm4run.session import Session
 from glm4run.stopping import Loop, find_loop
 from tests.builders import FIRST_PADDING, VOCAB
+from tests.glm4run.test_kv_cache import CONFIG
 from tests.scripted import loaded_model, with_script
 
 RECOVERING = SamplingParams(recover=True)
@@ -134,6 +136,28 @@ def test_the_first_that_is_not_finite_is_found(tiny: LoadedModel) -> None:
     assert first_nonfinite(context.cache) == Nonfinite(1, 4)
     context.cache.truncate(4)
     assert first_nonfinite(context.cache) is None
+
+
+def test_only_what_a_cache_holds_must_be_finite() -> None:
+    """Where bf16 lie as words of a block, that of rows which nobody wrote is anything."""
+    shape = (2, 70, 64)
+    config = dataclasses.replace(CONFIG, num_key_value_heads=2, head_dim=64)
+    cache = KVCache(config, 128, dtype=torch.bfloat16, device=torch.device("cpu"), floats_for_cpu=True)
+    for layer in range(len(cache.layers)):
+        for tensor in cache.tensors(layer).values():
+            tensor.fill_(float("nan"))
+        cache.append(layer, torch.ones(shape).bfloat16(), torch.ones(shape).bfloat16())
+    cache.advance(70)
+    assert first_nonfinite(cache) is None
+    bad = torch.ones(2, 1, 64).bfloat16()
+    bad[1, 0, 3] = float("inf")
+    cache.append(1, torch.ones_like(bad), bad)
+    cache.advance(1)
+    assert first_nonfinite(cache) == Nonfinite(0, 70)  # of layer 0 nothing was written there
+    cache.truncate(70)
+    cache.append(0, torch.ones_like(bad), torch.ones_like(bad))
+    cache.advance(1)
+    assert first_nonfinite(cache) == Nonfinite(1, 70)
 
 
 def test_ids_without_a_token_are_a_diagnosis_when_they_come_again_and_again(tiny: LoadedModel) -> None:

@@ -201,9 +201,9 @@ def test_a_million_tokens_in_attention_is_that_of_numpy() -> None:
     seen: dict[str, Tensor] = {}
 
     class Noting(Ops if why_missing() is not None else NativeOps):  # type: ignore[misc]
-        def attention(self, query: Tensor, *rest: Any) -> Tensor:
+        def attend(self, query: Tensor, *rest: Any) -> Tensor:
             seen["query"] = query.clone()
-            seen["out"] = super().attention(query, *rest)
+            seen["out"] = super().attend(query, *rest)
             return seen["out"]
 
     use_ops(model, Noting())

@@ -15,7 +15,7 @@ from pathlib import Path
 from glm4run.errors import UsageError
 from glm4run.machine import default_threads
 
-ABI = 10  # GLM4RUN_ABI in src/abi.h
+ABI = 11  # GLM4RUN_ABI in src/abi.h
 FILE_NAME = "glm4run_cpu.so"
 ISA_VARIABLE, LIBRARY_VARIABLE = "GLM4RUN_CPU_ISA", "GLM4RUN_CPU_LIBRARY"
 WITHOUT = "none"
@@ -61,6 +61,7 @@ class G4CacheRows(Structure):
         ("bits", c_int32),
         ("group", c_int32),
         ("offset", c_void_p),
+        ("laid_out", c_int32),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from glm4run.kernels.cpu.backend import DTYPE_CODES
 from glm4run.kernels.cpu.library import G4Cache, G4CacheRows, native
 from glm4run.kv_format import group_of
-from glm4run.kv_order import cpu_orders
+from glm4run.kv_order import Order, cpu_orders
 from glm4run.kv_rows import KVLayer, KVRows
 
 MAX_ROTARY_DIM = 512
@@ -79,21 +79,23 @@ def cache_struct(layer: KVLayer) -> G4Cache:
 
 
 def _rows_struct(rows: KVRows) -> G4CacheRows:
+    laid_out = rows.order is not Order.ROWS
     if rows.scales is None:
-        return G4CacheRows(data=rows.data.data_ptr(), scales=None, bits=16, group=0)
+        return G4CacheRows(data=rows.data.data_ptr(), scales=None, bits=16, group=0, laid_out=laid_out)
     return G4CacheRows(
         data=rows.data.data_ptr(),
         scales=rows.scales.data_ptr(),
         bits=rows.bits,
         group=group_of(rows.bits, rows.head_dim),
         offset=None if rows.offset is None else rows.offset.data_ptr(),
+        laid_out=laid_out,
     )
 
 
 def in_order(layer: KVLayer) -> bool:
-    """Whether rows of 8 bits lie as the library's instructions take them."""
+    """Whether rows of 8 bits lie as the library's instructions take them; bf16 may or may not."""
     both = zip((layer.keys, layer.values), cpu_orders(layer.keys.head_dim), strict=True)
-    return all(rows.order is order for rows, order in both if rows.bits == 8)
+    return all(rows.order is order or (rows.bits != 8 and rows.order is Order.ROWS) for rows, order in both)
 
 
 def takes_cache(layer: KVLayer, head_dim: int) -> bool:

@@ -7,6 +7,7 @@ lies behind.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from glm4run.kernels.cpu import ops as native
 from glm4run.kv_format import parse_kv_bits, rows_for
-from glm4run.kv_order import cpu_orders
+from glm4run.kv_order import Order, cpu_orders
 from glm4run.kv_rows import KVLayer, new_rows, turn
 from tests.native_library import ISAS, each_isa, in_bytes, needs_library, running, same_bits
 
@@ -41,12 +42,13 @@ def rows_of(heads: int, positions: int, width: int, seed: int, outlier: float = 
     return rows
 
 
-def layer_of(kept: str, key: Tensor, value: Tensor) -> KVLayer:
+def layer_of(kept: str, key: Tensor, value: Tensor, *, as_rows: bool = False, room: int = 0) -> KVLayer:
     formats, (heads, positions, width) = parse_kv_bits(kept), key.shape
+    orders, capacity = [Order.ROWS] * 2 if as_rows else cpu_orders(width), rows_for(max(room, positions))
     layer = KVLayer(
         *(
-            new_rows(heads, rows_for(positions), width, bits, dtype=key.dtype, device=CPU, order=order)
-            for bits, order in zip((formats.key_bits, formats.value_bits), cpu_orders(width), strict=True)
+            new_rows(heads, capacity, width, bits, dtype=key.dtype, device=CPU, order=order)
+            for bits, order in zip((formats.key_bits, formats.value_bits), orders, strict=True)
         )
     )
     native.append(layer, 0, key, value)
@@ -56,10 +58,7 @@ def layer_of(kept: str, key: Tensor, value: Tensor) -> KVLayer:
 def exact(query: Tensor, layer: KVLayer, positions: int) -> tuple[Tensor, Tensor]:
     """Attention in float64 over what the rows say, [T, H, D], and the same over the values' magnitudes."""
     heads, tokens, width = query.shape
-    keys, values = (
-        (rows.data.float() if rows.scales is None else turn(rows.turned(rows.data.shape[1]))).double()[:, :positions]
-        for rows in (layer.keys, layer.values)
-    )
+    keys, values = (rows.read(positions).double() for rows in (layer.keys, layer.values))
     repeat = heads // keys.shape[0]
     scores = query.double() @ keys.repeat_interleave(repeat, 0).transpose(1, 2) / width**0.5  # [H, T, S]
     scores.masked_fill_(torch.ones(tokens, positions).triu(positions - tokens + 1).bool(), float("-inf"))
@@ -222,6 +221,36 @@ def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_else(
             seen = finite[position - 71 :, 2:]
             alone = which == 1 and kept == "16"  # a value of its own; else a score, or all that share a scale
             assert not bool(seen[..., 3].any() if alone else seen.any()), "tokens behind it"
+
+
+@each_isa
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_bf16_that_lie_as_words_give_the_bits_of_rows(isa: str, width: int) -> None:
+    """Whatever stands in the places of rows that nobody wrote."""
+    for tokens, positions in ((1, 1), (1, 63), (1, 64), (1, 1100), (5, 77), (8, 130), (30, 191)):
+        key, value = (rows_of(2, positions, width, seed).bfloat16() for seed in (0, 1))
+        query = rows_of(32, tokens, width, 2).bfloat16()
+        rows, words = layer_of("16", key, value, as_rows=True), layer_of("16", key, value)
+        assert (rows.keys.order, words.keys.order, words.values.order) == (Order.ROWS, Order.KEYS, Order.VALUES)
+        for layer in (rows, words):
+            for tensor in layer.tensors().values():
+                tensor.fill_(float("nan"))
+            native.append(layer, 0, key, value)
+        with running(isa):
+            assert same_bits(*(native.attention(query, layer, positions) for layer in (rows, words)))
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_come_to_their_places_a_few_at_a_time(isa: str, dtype: torch.dtype) -> None:
+    """Rows of another dtype are rounded on the way. Python reads what the library wrote."""
+    key, value = (rows_of(2, 150, 128, seed).to(dtype) for seed in (0, 1))
+    layer = layer_of("16", key.bfloat16()[:, :0], value.bfloat16()[:, :0], room=150)
+    with running(isa):
+        for first, last in itertools.pairwise((0, 1, 17, 64, 65, 150)):
+            native.append(layer, first, key[:, first:last], value[:, first:last])
+    assert same_bits(layer.keys.read(150), key.bfloat16())
+    assert same_bits(layer.values.read(150), value.bfloat16())
 
 
 @each_isa

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define GLM4RUN_ABI 10
+#define GLM4RUN_ABI 11
 
 #if defined(_WIN32)
 #define G4_API extern "C" __declspec(dllexport)
@@ -47,18 +47,19 @@ struct G4Output {
 };
 
 // Keys or values of one layer and one sequence: `capacity` rows of each KV head, one head behind the other. kv_rows.py
-// says what a row is, kv_order.py in what order numbers of 8 bits lie where 64 divides D: as products take them.
+// says what a row is, kv_order.py in what order numbers of 8 bits, and bf16, may lie: as products take them.
 struct G4CacheRows {
-    uint8_t* data;   // floats [KVH, capacity, D]; of 8 bits as above; of 4 bits bytes [KVH, capacity, D/2]
+    uint8_t* data;   // floats [KVH, capacity, D]; bytes [KVH, capacity, D] of 8 bits, [KVH, capacity, D/2] of 4
     uint8_t* scales; // of quantized rows, with the codes of those of 4 bits; null: floats
     int32_t bits;    // 16 (floats of the cache's dtype, whatever their width), 8 or 4
     int32_t group;   // values of a row that share a scale, or a code; heads are then at most 512 wide
     const float* offset; // [KVH, D], taken from every row before it is quantized; null: nothing
+    int32_t laid_out; // whether numbers lie as products take them: of 8 bits where 64 divides D, bf16 where it is wanted
 };
 
 struct G4Cache {
     G4CacheRows keys, values;
-    int64_t capacity; // a multiple of 64 where rows have 8 bits and 64 divides D
+    int64_t capacity; // a multiple of 64 where rows are laid out
     int32_t dtype; // G4Dtype of rows that are floats
 };
 

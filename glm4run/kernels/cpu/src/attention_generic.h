@@ -69,14 +69,30 @@ void quantize_row(float* x, const CacheRows& cache, int64_t index) {
         memcpy(scales + g * 2, &half, 2);
         const float scale = half_to_float(half), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
         for (int64_t i = first; i < first + group; i++)
-            data[place_of(cache.order, D, index, i)] = uint8_t(step_of(x[i], inverse, -127.0f, 127.0f) + above);
+            data[place_of(cache.order, 4, D, index, i)] = uint8_t(step_of(x[i], inverse, -127.0f, 127.0f) + above);
     }
 }
 
-// Rows first..first + count - 1 as floats [count][D], turned where they are kept so. Not of 4 bits, which become 8.
+// Words of two bf16 as floats, of each 16 words the low halves and then the high ones. So keys that are laid out become
+// [count / 16][D][16], values [D / 16][64][16].
+inline void widen_words(const uint8_t* data, int64_t words, float* out) {
+    for (int64_t i = 0; i < words; i += 16, data += 64, out += 32) {
+        uint32_t both[16], low[16], high[16];
+        memcpy(both, data, sizeof both);
+        for (int64_t k = 0; k < 16; k++) low[k] = both[k] << 16;
+        for (int64_t k = 0; k < 16; k++) high[k] = both[k] & 0xFFFF0000;
+        memcpy(out, low, sizeof low);
+        memcpy(out + 16, high, sizeof high);
+    }
+}
+
+// Rows first..first + count - 1 as floats [count][D], or laid out as `widen_words` says, with others behind them; turned where
+// they are kept so. Not of 4 bits, which become 8.
 void read_rows(const CacheRows& cache, int64_t first, int64_t count, float* out) {
     const int64_t D = cache.head_dim, group = cache.group;
     const uint8_t* data = cache.data + first * cache.row_bytes();
+    if (cache.bits == 16 && cache.order != Order::ROWS)
+        return widen_words(data, round_up(count, cache.order == Order::KEYS ? 16 : ATTENTION_BLOCK) * D / 2, out);
     if (cache.bits == 16) return to_float(data, cache.dtype, count * D, out);
     const uint8_t* scales = cache.scales + first * cache.scale_bytes();
     const int8_t* q = reinterpret_cast<const int8_t*>(data); // in the order of rows: 64 does not divide D
@@ -120,31 +136,49 @@ template <typename I>
 
 // Rows of floats that are not bf16, or on a machine without its dot products, are widened and met by float arithmetic.
 
+// Where `read_rows` puts the numbers of a block: from one row to the next one, and from one dimension.
+struct WideRows {
+    const float* data;
+    int64_t head_dim, row, column;
+    Order order;
+
+    WideRows(const float* data, const CacheRows& cache)
+        : data(data), head_dim(cache.head_dim), row(cache.order == Order::VALUES ? LANES : head_dim),
+          column(1), order(cache.order) {
+        if (order == Order::KEYS) row = 1, column = LANES;
+    }
+    // Rows to the end of 16, and dimensions likewise, lie as far apart as that says.
+    const float* at(int64_t s, int64_t d) const {
+        if (order == Order::KEYS) return data + s / LANES * LANES * head_dim + d * LANES + s % LANES;
+        if (order == Order::VALUES) return data + d / LANES * ATTENTION_BLOCK * LANES + s * LANES + d % LANES;
+        return data + s * head_dim + d;
+    }
+};
+
 template <int T>
-[[gnu::noinline]] void attend_values(const float* weights, const float* values, int64_t head_dim, int64_t count, int64_t d,
-                          float* out) {
+[[gnu::noinline]] void attend_values(const float* weights, const WideRows& values, int64_t count, int64_t d, float* out) {
     Float sums[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++) sums[t] = Isa::zero();
-    fma_tile<T>(weights, values + d, 1, head_dim, count, sums);
+    fma_tile<T>(weights, values.at(0, d), 1, values.row, count, sums);
 #pragma GCC unroll 8
     for (int t = 0; t < T; t++)
         Isa::store(out + (d + t) * LANES, Isa::add(Isa::load(out + (d + t) * LANES), sums[t]));
 }
 
-// Scores of `count` positions, rows [count][D], for one token.
-[[gnu::noinline]] void attend_scores(const float* query, const float* rows, int64_t head_dim, int64_t count, float* scores) {
+// Scores of `count` positions for one token.
+[[gnu::noinline]] void attend_scores(const float* query, const WideRows& rows, int64_t count, float* scores) {
     constexpr int T = Isa::FMA_TOKENS;
     int64_t i = 0;
     for (; i + T <= count; i += T) {
         Float dots[T];
         for (int t = 0; t < T; t++) dots[t] = Isa::zero();
-        fma_tile<T>(query, rows + i * head_dim, head_dim, 1, head_dim, dots);
+        fma_tile<T>(query, rows.at(i, 0), rows.row, rows.column, rows.head_dim, dots);
         for (int t = 0; t < T; t++) Isa::store(scores + (i + t) * LANES, dots[t]);
     }
     for (; i < count; i++) {
         Float dots[1] = {Isa::zero()};
-        fma_tile<1>(query, rows + i * head_dim, head_dim, 1, head_dim, dots);
+        fma_tile<1>(query, rows.at(i, 0), rows.row, rows.column, rows.head_dim, dots);
         Isa::store(scores + i * LANES, dots[0]);
     }
 }
@@ -271,14 +305,16 @@ struct Bf16 {
         }
     }
 
-    // D: head_dim where it is known: addresses are then constants, of which there are more than registers.
-    template <int N, int64_t D>
+    // From a key to the next one, where it is known, as addresses are then constants, of which there are more than registers: 2
+    // where they are laid out, else their width.
+    static constexpr int64_t LAID_OUT = 2;
+    template <int N, int64_t STRIDE>
     [[gnu::noinline]] static Float score(const uint16_t* query, const uint16_t* rows, int64_t head_dim, Ahead& ahead,
                                          Float highest, float* scores) {
         Float dots[N];
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) dots[t] = Isa::zero();
-        I::template dot_bf16<N>(query, rows, D != 0 ? D : head_dim, head_dim / 2, ahead, dots);
+        I::template dot_bf16<N>(query, rows, STRIDE != 0 ? STRIDE : head_dim, STRIDE == LAID_OUT ? 32 : 2, head_dim / 2, ahead, dots);
 #pragma GCC unroll 16
         for (int t = 0; t < N; t++) {
             highest = Isa::max(highest, dots[t]);
@@ -288,14 +324,15 @@ struct Bf16 {
     }
 
     // Scores [count][16] of rows [count][D], for one token, before they are scaled; returns the highest of each lane.
-    template <int64_t D>
+    template <int64_t STRIDE>
     static Float scores(const uint16_t* query, const uint16_t* rows, int64_t head_dim, int64_t count, Ahead& ahead,
                         float* out) {
+        const auto at = [&](int64_t s) { return rows + (STRIDE == LAID_OUT ? s / 16 * 16 * head_dim + s % 16 * 2 : s * head_dim); };
         Float highest = Isa::set1(LOWEST);
         int64_t s = 0;
-        for (; s + T <= count; s += T) highest = score<T, D>(query, rows + s * head_dim, head_dim, ahead, highest, out + s * LANES);
-        for (; s + 4 <= count; s += 4) highest = score<4, D>(query, rows + s * head_dim, head_dim, ahead, highest, out + s * LANES);
-        for (; s < count; s++) highest = score<1, D>(query, rows + s * head_dim, head_dim, ahead, highest, out + s * LANES);
+        for (; s + T <= count; s += T) highest = score<T, STRIDE>(query, at(s), head_dim, ahead, highest, out + s * LANES);
+        for (; s + 4 <= count; s += 4) highest = score<4, STRIDE>(query, at(s), head_dim, ahead, highest, out + s * LANES);
+        for (; s < count; s++) highest = score<1, STRIDE>(query, at(s), head_dim, ahead, highest, out + s * LANES);
         return highest;
     }
 
@@ -312,17 +349,20 @@ struct Bf16 {
         Isa::store(sums, Isa::add(Isa::load(sums), total));
     }
 
-    // out [16][D] += weights times rows [count][D].
-    static void weigh(const uint16_t* weights, const uint16_t* rows, int64_t head_dim, int64_t count, Ahead& ahead,
-                      float* out) {
-        for (int64_t d = 0; d < head_dim; d += LANES) weigh_tile(weights, rows + d, head_dim, count, ahead, out + d);
+    // out [16][D] += weights times rows [count][D], or a block that is laid out.
+    static void weigh(const uint16_t* weights, const uint16_t* rows, bool laid_out, int64_t head_dim, int64_t count,
+                      Ahead& ahead, float* out) {
+        for (int64_t d = 0; d < head_dim; d += LANES)
+            laid_out ? weigh_tile<true>(weights, rows + d * ATTENTION_BLOCK, head_dim, count, ahead, out + d)
+                     : weigh_tile<false>(weights, rows + d, head_dim, count, ahead, out + d);
     }
+    template <bool LAID_OUT>
     [[gnu::noinline]] static void weigh_tile(const uint16_t* weights, const uint16_t* rows, int64_t head_dim, int64_t count,
                                              Ahead& ahead, float* out) {
         Float sums[LANES];
 #pragma GCC unroll 16
         for (int l = 0; l < LANES; l++) sums[l] = Isa::zero();
-        I::weigh_bf16(weights, rows, head_dim, count, ahead, sums);
+        I::template weigh_bf16<LAID_OUT>(weights, rows, head_dim, count, ahead, sums);
 #pragma GCC unroll 16
         for (int l = 0; l < LANES; l++)
             Isa::store(out + l * head_dim, Isa::add(Isa::load(out + l * head_dim), sums[l]));
@@ -790,8 +830,10 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             } else if (bf16_keys) {
                 if constexpr (I::BF16_DOTS) {
                     const uint16_t* keys = reinterpret_cast<const uint16_t*>(a.keys.data) + s * D;
-                    const auto scores = D == 128 ? Bf16<I>::template scores<128> : Bf16<I>::template scores<0>;
-                    highest = scores(reinterpret_cast<const uint16_t*>(query), keys, D, seen, values_ahead, target);
+                    const auto of = a.keys.order == Order::KEYS ? Bf16<I>::template scores<Bf16<I>::LAID_OUT>
+                                    : D == 128                  ? Bf16<I>::template scores<128>
+                                                                : Bf16<I>::template scores<0>;
+                    highest = of(reinterpret_cast<const uint16_t*>(query), keys, D, seen, values_ahead, target);
                     factor = Isa::set1(a.scale * LOG2_E);
                     highest = Isa::mul(highest, factor);
                 }
@@ -806,7 +848,7 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
                     }
                     for (; i < seen; i++) score_pairs<1>(q, key_scales, wide_keys, i, target);
                 } else {
-                    attend_scores(query, rows, D, seen, target);
+                    attend_scores(query, WideRows(rows, a.keys), seen, target);
                 }
                 highest = highest_of(target, seen);
             }
@@ -842,7 +884,8 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             if (bf16_values) {
                 if constexpr (I::BF16_DOTS)
                     Bf16<I>::weigh(reinterpret_cast<const uint16_t*>(mine),
-                                   reinterpret_cast<const uint16_t*>(a.values.data) + s * D, D, seen, keys_ahead, sums);
+                                   reinterpret_cast<const uint16_t*>(a.values.data) + s * D, a.values.order == Order::VALUES, D,
+                                   seen, keys_ahead, sums);
             } else if (byte_values) {
                 if constexpr (I::INT_TILES) {
                     IntTiles<I>::weigh_bytes(reinterpret_cast<const uint8_t*>(mine),
@@ -852,9 +895,10 @@ void attend_with(const AttentionRows& a, int64_t token, int64_t tokens, int64_t 
             } else if (int_values) {
                 attend_int_values(mine, value_scales, words, D, seen, keys_ahead, sums);
             } else {
+                const WideRows wide(rows, a.values);
                 int64_t d = 0;
-                for (; d + T <= D; d += T) attend_values<T>(mine, rows, D, seen, d, sums);
-                for (; d < D; d++) attend_values<1>(mine, rows, D, seen, d, sums);
+                for (; d + T <= D; d += T) attend_values<T>(mine, wide, seen, d, sums);
+                for (; d < D; d++) attend_values<1>(mine, wide, seen, d, sums);
             }
         }
     }

@@ -33,19 +33,17 @@ struct Rows {
     int32_t dtype;
 };
 
-// How numbers q of 8 bits lie. Source: kv_order.py.
+// How numbers lie: q of 8 bits, or bf16, of which W = 4 or 2 fill a word. Source: kv_order.py.
 enum class Order : int32_t {
-    ROWS,     // q [S][D], as values of 4 bits become them
+    ROWS,     // [S][D], as values of 4 bits become them too
     UNSIGNED, // q + 128 [S][D], as keys of 4 bits become them
-    KEYS,     // q + 128 [S / 16][D / 4][16][4]: 16 rows, and of each four dimensions
-    VALUES,   // q [S / 64][D / 16][16][16][4]: 16 columns of 16 times four rows side by side
+    KEYS,     // [S / 16][D / W][16][W]: 16 rows, and of each W dimensions; q + 128
+    VALUES,   // [S / 64][D / 16][64 / W][16][W]: 16 columns of 64 / W times W rows side by side
 };
-inline Order kept_order(int64_t head_dim, bool values) {
-    return head_dim % 64 != 0 ? Order::ROWS : values ? Order::VALUES : Order::KEYS;
-}
-inline int64_t place_of(Order order, int64_t head_dim, int64_t row, int64_t d) {
-    if (order == Order::KEYS) return row / 16 * 16 * head_dim + d / 4 * 64 + row % 16 * 4 + d % 4;
-    if (order == Order::VALUES) return row / 64 * 64 * head_dim + d / 16 * 1024 + row % 64 / 4 * 64 + d % 16 * 4 + row % 4;
+inline int64_t place_of(Order order, int64_t word, int64_t head_dim, int64_t row, int64_t d) {
+    if (order == Order::KEYS) return row / 16 * 16 * head_dim + (d / word * 16 + row % 16) * word + d % word;
+    if (order == Order::VALUES)
+        return row / 64 * 64 * head_dim + d / 16 * 1024 + (row % 64 / word * 16 + d % 16) * word + row % word;
     return row * head_dim + d;
 }
 
@@ -55,7 +53,7 @@ struct CacheRows {
     const uint8_t* scales; // of 8 bits float16, one of each group; of 4 bits one of the row and codes of groups; null: floats
     int64_t head_dim, group;
     int32_t bits, dtype;
-    Order order; // of 8 bits, or that they would have
+    Order order; // of rows of 4 bits that which they would have with 8
 
     bool turned() const { return bits != 16; } // quantized rows are, by a Hadamard matrix: kv_rows.py
     int64_t row_bytes() const { return bits == 16 ? head_dim * dtype_bytes(dtype) : head_dim * bits / 8; }

@@ -123,7 +123,9 @@ const G4CacheRows& rows_in(const G4Cache& cache, bool values) { return values ? 
 // Keys or values of one KV head.
 CacheRows head_of(const G4Cache& cache, bool values, int64_t head_dim, int64_t kv_head) {
     const G4CacheRows& rows = rows_in(cache, values);
-    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype, kept_order(head_dim, values)};
+    const bool laid_out = rows.bits == 4 ? head_dim % 64 == 0 : rows.laid_out != 0;
+    const Order order = !laid_out ? Order::ROWS : values ? Order::VALUES : Order::KEYS;
+    CacheRows one{rows.data, rows.scales, head_dim, rows.group, rows.bits, cache.dtype, order};
     const int64_t first = kv_head * cache.capacity;
     one.data += first * one.row_bytes();
     if (one.scales != nullptr) one.scales += first * one.scale_bytes();
@@ -225,15 +227,23 @@ struct AppendContext {
     int32_t dtype;
 };
 
+// A row of the cache's dtype to its place; only bf16 are ever laid out.
+void keep_floats(const void* row, const CacheRows& rows, int64_t index) {
+    uint8_t* data = const_cast<uint8_t*>(rows.data);
+    if (rows.order == Order::ROWS) {
+        memcpy(data + index * rows.row_bytes(), row, size_t(rows.row_bytes()));
+        return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(row);
+    uint16_t* to = reinterpret_cast<uint16_t*>(data);
+    for (int64_t d = 0; d < rows.head_dim; d++) to[place_of(rows.order, 2, rows.head_dim, index, d)] = from[d];
+}
+
 void append_row(const AppendContext& c, bool values, int64_t t, int64_t h) {
     const CacheRows head = head_of(c.cache, values, c.head_dim, h);
     const char* from = values ? c.value : c.key;
     const char* row = from + (t * c.token_stride + h * c.head_stride) * dtype_bytes(c.dtype);
-    uint8_t* to = const_cast<uint8_t*>(head.data) + (c.position + t) * head.row_bytes();
-    if (!head.turned() && c.dtype == c.cache.dtype) {
-        memcpy(to, row, size_t(head.row_bytes()));
-        return;
-    }
+    if (!head.turned() && c.dtype == c.cache.dtype) return keep_floats(row, head, c.position + t);
     float wide[MAX_QUANTIZED_HEAD];
     c.kernels->to_float(row, c.dtype, c.head_dim, wide);
     if (head.turned()) {
@@ -241,7 +251,9 @@ void append_row(const AppendContext& c, bool values, int64_t t, int64_t h) {
         for (int64_t d = 0; offset != nullptr && d < c.head_dim; d++) wide[d] -= offset[h * c.head_dim + d];
         c.kernels->quantize_row(wide, head, c.position + t);
     } else {
-        c.kernels->from_float(wide, c.cache.dtype, c.head_dim, to);
+        float kept[MAX_QUANTIZED_HEAD];
+        c.kernels->from_float(wide, c.cache.dtype, c.head_dim, kept);
+        keep_floats(kept, head, c.position + t);
     }
 }
 

@@ -312,12 +312,12 @@ struct Isa {
         return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
     }
 #if defined(G4_AVX512_BF16)
-    // sums[t] += w * x over `pairs` of bf16: w [pairs][16][2], the same two of x in every lane. An instruction makes as many
-    // products as for 16-bit integers, twice as many as for floats.
+    // sums[t] += w * x over `pairs` of bf16, `step` apart: w [pairs][16][2], the same two of x in every lane. An instruction
+    // makes as many products as for 16-bit integers, twice as many as for floats.
     template <int T, typename Ahead>
-    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t pairs, Ahead& ahead,
-                                Float (&sums)[T]) {
-        for (int64_t i = 0; i < pairs; i++, w += 32, x += 2) {
+    static inline void dot_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t step, int64_t pairs,
+                                Ahead& ahead, Float (&sums)[T]) {
+        for (int64_t i = 0; i < pairs; i++, w += 32, x += step) {
             Int row = _mm512_loadu_si512(w);
             once(row);
             ahead.line();
@@ -325,12 +325,14 @@ struct Isa {
             for (int t = 0; t < T; t++) add_bf16_dot(sums[t], row, x + t * stride);
         }
     }
-    // sums[l] += w[.][l] * x over `count` rows of 16 bf16: w pairs of rows [(count + 1) / 2][16][2].
-    template <typename Ahead>
+    // sums[l] += w[.][l] * x over `count` rows of 16 bf16: w pairs of rows [(count + 1) / 2][16][2]. Of x pairs lie side by side
+    // too, or rows are `stride` apart.
+    template <bool LAID_OUT, typename Ahead>
     static inline void weigh_bf16(const uint16_t* w, const uint16_t* x, int64_t stride, int64_t count, Ahead& ahead,
                                   Float (&sums)[16]) {
-        for (int64_t s = 0; s < count; s += 2, w += 32, x += 2 * stride) {
-            Int row = side_by_side(x, s + 1 < count ? x + stride : nullptr);
+        for (int64_t s = 0; s < count; s += 2, w += 32, x += LAID_OUT ? 32 : 2 * stride) {
+            const bool both = s + 1 < count; // of a row that is not there even a NaN must not count
+            Int row = LAID_OUT ? pairs_at(x, both) : side_by_side(x, both ? x + stride : nullptr);
             once(row);
             ahead.line();
 #pragma GCC unroll 16
@@ -367,6 +369,11 @@ struct Isa {
         sum = fma(as_float(_mm512_and_si512(a, high)), as_float(_mm512_and_si512(pair, high)), sum);
         sum = fma(as_float(_mm512_slli_epi32(a, 16)), as_float(_mm512_slli_epi32(pair, 16)), sum);
 #endif
+    }
+    // 16 pairs, or the first of each and 0.
+    static inline Int pairs_at(const uint16_t* x, bool both) {
+        const Int pairs = _mm512_loadu_si512(x);
+        return both ? pairs : _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF));
     }
     // Two rows of 16 numbers of 16 bits, side by side. A row that is null counts as zeros.
     static inline Int side_by_side(const uint16_t* a, const uint16_t* b) {
