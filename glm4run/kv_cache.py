@@ -7,18 +7,38 @@ to copy rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from glm4run.config import ModelConfig
-from glm4run.huge_pages import collapse
-from glm4run.kv_format import KVFormat, rows_for
+from glm4run.huge_pages import HugePages
+from glm4run.kv_format import KVFormat, rows_for, tensor_widths
 from glm4run.kv_order import Order, cpu_orders
 from glm4run.kv_rows import KVLayer, KVRows, new_rows
 
-COLLAPSE_TOKENS = 4096  # so often are full pages looked for
+HUGE_PAGES_EVERY = 1024  # tokens
+ALIGNMENT = 64
+
+
+class _Memory:
+    """One run of memory on the CPU, which tensors are cut from: its huge pages are then nearly all of it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+        self.used = -self.memory.data_ptr() % ALIGNMENT
+        self.pages = HugePages(self.memory.data_ptr(), nbytes)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        start, nbytes = self.used, math.prod(shape) * dtype.itemsize
+        self.used += _aligned(nbytes)
+        return self.memory[start : start + nbytes].view(dtype).view(shape)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class KVCache:
@@ -46,15 +66,23 @@ class KVCache:
         self.capacity = capacity
         self.position = 0
         self.format = kv_format
-        self._collapsed = 0  # tokens
         heads, room, width = config.num_key_value_heads, rows_for(capacity), config.head_dim
+        self._in_huge_pages = 0  # tokens
+        self._memory: _Memory | None = None
+        if device.type == "cpu":
+            both = (kv_format.key_bits, kv_format.value_bits)
+            widths = [each for bits in both for each in tensor_widths(width, bits, dtype.itemsize)]
+            self._memory = _Memory(config.num_hidden_layers * sum(_aligned(heads * room * each) for each in widths))
         quantized_for_cpu = device.type == "cpu" if for_cpu is None else for_cpu
         key_order, value_order = cpu_orders(width)
 
         def rows(bits: int, order: Order, offset: Tensor | None = None) -> KVRows:
             arranged = floats_for_cpu if bits == 16 else quantized_for_cpu
             order = order if arranged else Order.ROWS
-            return new_rows(heads, room, width, bits, dtype=dtype, device=device, offset=offset, order=order)
+            empty = None if self._memory is None else self._memory.empty
+            return new_rows(
+                heads, room, width, bits, dtype=dtype, device=device, offset=offset, order=order, empty=empty
+            )
 
         offsets: Sequence[Tensor | None] = key_offsets or [None] * config.num_hidden_layers
         self.layers = [
@@ -84,7 +112,7 @@ class KVCache:
         """Makes the `count` tokens that every layer has appended part of the past."""
         assert self.position + count <= self.capacity
         self.position += count
-        self._collapse()
+        self._grow_huge_pages()
 
     def truncate(self, position: int) -> None:
         """Forgets every token from `position` on; costs nothing."""
@@ -121,20 +149,17 @@ class KVCache:
                 mine.keys.copy_from(theirs.keys, count)
                 mine.values.copy_from(theirs.values, count)
         self.position = count
-        self._collapse()
+        self._grow_huge_pages()
 
-    def _collapse(self) -> None:
-        """Moves rows into huge pages: those that fill one since the last time."""
-        tokens = self.position // COLLAPSE_TOKENS * COLLAPSE_TOKENS
-        if tokens <= self._collapsed:
+    def _grow_huge_pages(self) -> None:
+        tokens = self.position // HUGE_PAGES_EVERY * HUGE_PAGES_EVERY
+        if self._memory is None or tokens <= self._in_huge_pages:
             return
-        self._collapsed = tokens
-        for layer in range(len(self.layers)):
-            for tensor in self.tensors(layer).values():
-                if tensor.device.type == "cpu":
-                    row, head = (tensor.stride(axis) * tensor.element_size() for axis in (1, 0))
-                    for start in range(tensor.data_ptr(), tensor.data_ptr() + tensor.shape[0] * head, head):
-                        collapse(start, tokens * row)
+        self._in_huge_pages = tokens
+        tensors = [tensor for layer in range(len(self.layers)) for tensor in self.tensors(layer).values()]
+        self._memory.pages.fill(
+            (head.data_ptr(), tokens * head.stride(0) * head.element_size()) for tensor in tensors for head in tensor
+        )
 
     @property
     def bytes_per_token(self) -> int:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -143,11 +144,12 @@ def new_rows(
     device: torch.device,
     offset: Tensor | None = None,
     order: Order = Order.ROWS,
+    empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
 ) -> KVRows:
     """Room for `capacity` rows. Nothing is touched: a page costs memory only once a token has been written to it.
 
     `offset` [KVH, D] is taken from rows that are quantized; floats are kept as they are. `order` is of rows of 8 bits
-    and of bf16; others have one.
+    and of bf16; others have one. `empty` gives the memory, of a shape and dtype; None: on `device`.
 
     Raises:
         UsageError: `bits` is 4 and the head's width is odd.
@@ -155,17 +157,23 @@ def new_rows(
     in_words = bits == 8 or (bits == 16 and dtype == torch.bfloat16)
     order = order if in_words else Order.ROWS
     assert order is Order.ROWS or capacity == rows_for(capacity)
+    if empty is None:
+        empty = partial(_empty_on, device)
     if bits == 16:
-        return KVRows(torch.empty(kv_heads, capacity, head_dim, dtype=dtype, device=device), order=order)
+        return KVRows(empty((kv_heads, capacity, head_dim), dtype), order=order)
     if bits == 4 and head_dim % 2:
         raise UsageError(f"heads of {head_dim} values cannot be kept in 4 bits", hint="use --kv-bits 8")
     signed = bits == 8 and order is not Order.KEYS
     kinds = torch.int8 if signed else torch.uint8, torch.float16 if bits == 8 else torch.uint8
     data, scales = (
-        torch.empty(kv_heads, capacity, width // kind.itemsize, dtype=kind, device=device)
+        empty((kv_heads, capacity, width // kind.itemsize), kind)
         for width, kind in zip(tensor_widths(head_dim, bits, 0), kinds, strict=True)
     )
     return KVRows(data, scales, bits, offset, order)
+
+
+def _empty_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def turn(rows: Tensor) -> Tensor:

@@ -458,5 +458,17 @@ def test_huge_pages_change_no_row_and_take_no_more_memory() -> None:
     assert resident_bytes() - before <= rows.numel() * 2 + (4 << 20)  # 2 MiB more for each of four heads would pass it
 
 
+@pytest.mark.parametrize("kept", ["16", "8", "4", "8:4"])
+def test_rows_on_a_cpu_are_one_run_of_memory(kept: str) -> None:
+    """So that huge pages can be nearly all of it."""
+    cache = KVCache(CONFIG, 50, dtype=torch.bfloat16, device=torch.device("cpu"), kv_format=parse_kv_bits(kept))
+    tensors = [tensor for layer in range(len(cache.layers)) for tensor in cache.tensors(layer).values()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+    assert all(0 <= start - end < 64 for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(start % 64 == 0 for start, _ in spans)
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    assert sum(end - start for start, end in spans) == cache.nbytes
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
