@@ -1,9 +1,9 @@
 """Memory that is read from end to end at every token, in pages of 2 MiB where the system can.
 
 Streaming through pages of 4 KiB waits for the table that says where they lie. Huge pages from the start would cost
-2 MiB for the first row written to each; so a page becomes huge once half of it is filled. What is written then takes
-at most twice its size, and all of it never more than what was allocated. Linux 6.1 and later; elsewhere nothing
-happens.
+2 MiB for the first row written to each; so a page becomes huge once three quarters of it are filled. What is written
+then takes at most a third more, and all of it never more than what was allocated. Linux 6.1 and later; elsewhere
+nothing happens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 HUGE_PAGE = 2 << 20
+ENOUGH = HUGE_PAGE // 4 * 3
 _MADV_COLLAPSE = 25  # linux/mman.h
 
 
@@ -36,7 +37,7 @@ class HugePages:
         for address, nbytes in pieces:
             for page in range(address // HUGE_PAGE * HUGE_PAGE, address + nbytes, HUGE_PAGE):
                 filled[page] += min(address + nbytes, page + HUGE_PAGE) - max(address, page)
-        due = [page for page, nbytes in filled.items() if nbytes >= HUGE_PAGE // 2 and page not in self._asked]
+        due = [page for page, nbytes in filled.items() if nbytes >= ENOUGH and page not in self._asked]
         due = sorted(page for page in due if self._first <= page < self._end)
         self._asked.update(due)
         madvise = _madvise()
