@@ -10,7 +10,8 @@ BITS = (16, 8, 4)
 GROUPS = {8: 128, 4: 8}  # values of a row that share a scale, or a code; a row that is no multiple of that is one group
 LEVELS = {8: 127, 4: 15}
 SCALE_BYTES, CODE_BITS = 2, 6
-ROWS_TOGETHER = 64  # of 8 bits so many may lie as one block
+ROWS_TOGETHER = 64  # so many may lie as one block
+CPU_COLUMNS = 64  # rows of a multiple of so many lie otherwise on a CPU (`kv_order.py`)
 
 # Steps and lowest levels of a group in 4 bits, in units of its row's scale; with their mirror images they are 64, and a
 # group's code is the index of one. `benchmarks/kv_codes.py` chooses them. The native library has them too.

@@ -15,11 +15,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from glm4run.kv_format import ROWS_TOGETHER, rows_for
+from glm4run.kv_format import CPU_COLUMNS, ROWS_TOGETHER, rows_for
 
 HALF = 128  # what makes a signed byte unsigned: its highest bit turned over
 WORD_BYTES = 4
-CPU_COLUMNS = 64  # rows of a multiple of so many lie otherwise on a CPU
 
 
 class Order(Enum):

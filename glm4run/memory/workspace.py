@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glm4run.config import ModelConfig
-from glm4run.kv_format import CODES, KVFormat, group_of
+from glm4run.kv_format import CODES, CPU_COLUMNS, KVFormat, group_of
 from glm4run.memory.kernels import Kernel, Linear, kernel_scratch_bytes
 from glm4run.memory.sizes import MIB
 
@@ -277,7 +277,7 @@ def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
     if bits == 16:
         return (0 if compute.dtype_bytes == 4 else 4 * values), 0
     scales = 4 * rows * (config.head_dim // group_of(bits, config.head_dim))
-    another_order = bits == 8 and compute.device == "cpu"  # `kv_order.py`
+    another_order = bits == 8 and compute.device == "cpu" and config.head_dim % CPU_COLUMNS == 0
     return 4 * values, (values if bits == 4 or another_order else 0) + scales
 
 

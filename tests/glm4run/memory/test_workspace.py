@@ -78,11 +78,14 @@ def test_peak_over_a_quantized_cache_is_that_of_the_trace(dtype: str, kept: str,
     assert traced * 0.999 <= planned <= traced * 1.06
 
 
+@pytest.mark.parametrize("head_dim", [128, 96])  # 96: they lie as rows
 @pytest.mark.parametrize("kept", ["8", "16:8", "8:16"])
-def test_peak_over_a_cache_in_the_order_of_a_cpu_is_that_of_the_trace(kept: str) -> None:
+def test_peak_over_a_cache_in_the_order_of_a_cpu_is_that_of_the_trace(kept: str, head_dim: int) -> None:
     """In torch, whose operations read it as rows. The linears are small, or what they take would hide it."""
     shape = load_cards()["glm-4-9b-chat"].config
-    config = dataclasses.replace(shape, num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=64)
+    config = dataclasses.replace(
+        shape, num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=64, head_dim=head_dim
+    )
     weights = plan_weights(config, stored_tensors(config, {}), {}, backend="dense", dtype="fp32", device="cpu")
     compute = weights.compute(config, dtype="fp32", device="cpu")
     traced = trace_forward(meta_model(config, {}, "fp32"), 32768, 1, kept=kept, for_cpu=True).peak
