@@ -269,7 +269,7 @@ def split_bytes(config: ModelConfig, tokens: int, context: int) -> int:
     return 4 * splits * tokens * config.num_attention_heads * (config.head_dim + 2) if splits > 1 else 4
 
 
-def _widened(compute: Compute, context: int, bits: int) -> tuple[int, int]:
+def widened_bytes(compute: Compute, context: int, bits: int) -> tuple[int, int]:
     """Bytes of keys, or values, as `attention` reads them in float32, and of what making them takes beside."""
     config = compute.config
     rows = config.num_key_value_heads * context * compute.batch
@@ -297,8 +297,8 @@ def _scores(ledger: _Ledger, compute: Compute, tokens: int, context: int, kv_for
         ledger.hold("attention", **{"q in float32": query})
     ledger.hold("attention", **{"scaled q": query})
     ledger.drop("q in float32")
-    keys, beside_keys = _widened(compute, context, kv_format.key_bits)
-    values, beside_values = _widened(compute, context, kv_format.value_bits)
+    keys, beside_keys = widened_bytes(compute, context, kv_format.key_bits)
+    values, beside_values = widened_bytes(compute, context, kv_format.value_bits)
     if kv_format.key_bits < 16 or (kv_format.is_quantized and element != 4):
         ledger.hold("attention", **{"q for quantized keys": query})
     ledger.hold("attention", **{"keys in float32": keys, "steps": beside_keys})
