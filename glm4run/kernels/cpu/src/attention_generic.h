@@ -73,17 +73,20 @@ void quantize_row(float* x, const CacheRows& cache, int64_t index) {
     }
 }
 
+// Of whatever registers there are: of loops over arrays GCC makes stores and longer loads, which wait for each other.
+typedef uint32_t Words __attribute__((vector_size(32)));
+
 // Words of two bf16 as floats, of each 16 words the low halves and then the high ones. So keys that are laid out become
 // [count / 16][D][16], values [D / 16][64][16].
 inline void widen_words(const uint8_t* data, int64_t words, float* out) {
-    for (int64_t i = 0; i < words; i += 16, data += 64, out += 32) {
-        uint32_t both[16], low[16], high[16];
-        memcpy(both, data, sizeof both);
-        for (int64_t k = 0; k < 16; k++) low[k] = both[k] << 16;
-        for (int64_t k = 0; k < 16; k++) high[k] = both[k] & 0xFFFF0000;
-        memcpy(out, low, sizeof low);
-        memcpy(out + 16, high, sizeof high);
-    }
+    for (int64_t i = 0; i < words; i += 16, data += 64, out += 32)
+        for (int64_t k = 0; k < 16; k += 8) {
+            Words both;
+            memcpy(&both, data + 4 * k, sizeof both);
+            const Words low = both << 16, high = both & 0xFFFF0000;
+            memcpy(out + k, &low, sizeof low);
+            memcpy(out + 16 + k, &high, sizeof high);
+        }
 }
 
 // Rows first..first + count - 1 as floats [count][D], or laid out as `widen_words` says, with others behind them; turned where
@@ -400,10 +403,8 @@ inline bool in_pairs(const CacheRows& cache) {
 }
 
 // Bytes of 16 times four numbers: the first two and the last two of each, as 16-bit integers. `flip`: 128 where bytes are
-// signed, 0 where they are 128 above what they stand for. As vectors of whatever registers there are: of loops over arrays GCC
-// makes stores and longer loads, which wait for each other.
+// signed, 0 where they are 128 above what they stand for.
 inline void split_fours(const uint8_t* in, uint16_t flip, int16_t* first, int16_t* last) {
-    typedef uint32_t Words __attribute__((vector_size(32)));
     typedef uint16_t Halves __attribute__((vector_size(32)));
     for (int64_t i = 0; i < 64; i += 32) {
         Words words;
