@@ -282,8 +282,8 @@ def test_seeds_depend_on_the_request_alone() -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A model with heads as GLM-4's, whose prompts may be cut anywhere."""
-    heads = {"num_attention_heads": 16, "head_dim": 16, "max_position_embeddings": 1024}
+    """A model with heads as GLM-4's, whose prompts may be cut anywhere and whose keys lie as products take them."""
+    heads = {"num_attention_heads": 16, "head_dim": 64, "max_position_embeddings": 1024, "dtype": torch.bfloat16}
     yield write_packed(tmp_path_factory.mktemp("wide") / "m", source=heads, bits=4)
 
 
